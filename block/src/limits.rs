@@ -1,0 +1,94 @@
+//! Every bound of Ballast in one place, each with its unit and its reason.
+//!
+//! A queue, cache or retention that is not bounded by a constant here (or by a setting whose
+//! default is here) is a bug: guarantee **bounded**.
+
+use crate::geometry::BLOCK_SIZE;
+
+/// Largest host write that is one log entry, in bytes: applied whole or not at all. 1 MiB is what
+/// databases and file systems issue at most; larger requests are split.
+pub const TRANSFER_BYTES_MAX: usize = 1 << 20;
+
+/// Largest single NBD request accepted, in bytes: what the NBD protocol lets a client assume that
+/// negotiated no block size. Split into entries of [`TRANSFER_BYTES_MAX`].
+pub const NBD_REQUEST_BYTES_MAX: usize = 32 << 20;
+
+/// Blocks of the largest entry.
+pub const TRANSFER_BLOCKS_MAX: usize = TRANSFER_BYTES_MAX / BLOCK_SIZE;
+
+/// Smallest volume, in bytes.
+pub const VOLUME_BYTES_MIN: u64 = 1 << 20;
+
+/// Largest volume, in bytes: 64 TiB. Block numbers of a volume fit 34 bits, ranges of 1 MiB 26.
+pub const VOLUME_BYTES_MAX: u64 = 64 << 40;
+
+/// Sizes of pooled buffers in bytes: one block, small writes, frames, the largest entry.
+pub const BUFFER_SIZE_CLASSES: [usize; 4] = [4 << 10, 16 << 10, 128 << 10, 1 << 20];
+
+/// Idle memory kept by one buffer pool, in bytes, all size classes together: covers the in-flight
+/// writes of a busy shard, small against the map cache.
+pub const BUFFER_POOL_BYTES_MAX: usize = 64 << 20;
+
+/// Payload of one host connection that may be in flight, in bytes: reading from its socket stops
+/// above. Two largest NBD requests, so that a big one does not stop the next from arriving.
+pub const CONNECTION_INFLIGHT_BYTES_MAX: usize = 2 * NBD_REQUEST_BYTES_MAX;
+
+/// Commands of one host connection in flight: bounds the apply-side window of request numbers.
+pub const CONNECTION_INFLIGHT_COMMANDS_MAX: usize = 256;
+
+/// Proposed and not yet applied payload of one family on its leader, in bytes: callers wait above.
+pub const FAMILY_INFLIGHT_BYTES_MAX: usize = 32 << 20;
+
+/// Log entries kept for lagging followers, per family, in bytes of payload and headers: what a
+/// follower may miss and still catch up from the log. Beyond it, resync by difference.
+pub const FAMILY_RETENTION_BYTES_MAX: u64 = 256 << 20;
+
+/// Log entries kept on one pool, all families together, in bytes.
+pub const POOL_RETENTION_BYTES_MAX: u64 = 1 << 30;
+
+/// Payload of recent log entries kept in memory per pool, in bytes: lets followers and reads of
+/// fresh data go without the disk.
+pub const LOG_CACHE_BYTES_MAX: usize = 64 << 20;
+
+/// Bytes of one AppendEntries message: keeps the receive buffer small and control frames prompt.
+pub const APPEND_BYTES_MAX: usize = 1 << 20;
+
+/// Bytes queued to one peer, all families: beyond it the peer is slow, its streams fail and its
+/// replicas catch up later.
+pub const PEER_QUEUE_BYTES_MAX: usize = 32 << 20;
+
+/// A peer frame, in bytes: one largest entry, or one AppendEntries message, with headers.
+pub const PEER_FRAME_BYTES_MAX: usize = 4 << 20;
+
+/// Bytes of one disk write of a stream: bounds how long others wait behind it.
+pub const BATCH_WRITE_BYTES_MAX: usize = 4 << 20;
+
+/// Changes of the extent map held in memory before they are merged into pages, per pool, in bytes.
+pub const MAP_DELTA_BYTES_MAX: usize = 64 << 20;
+
+/// Pages of the extent map cached in memory, per pool, in bytes.
+pub const MAP_CACHE_BYTES_MAX: usize = 256 << 20;
+
+/// Log written since the last checkpoint that triggers the next one, in bytes: bounds recovery
+/// (read at start) to well under 2 s on a disk that reads 500 MB/s.
+pub const CHECKPOINT_LOG_BYTES: u64 = 256 << 20;
+
+/// Families with a replica on one pool: slots in the pool's vote table.
+pub const POOL_REPLICAS_MAX: usize = 4096;
+
+/// Replicas of one volume.
+pub const VOLUME_REPLICAS_MAX: usize = 5;
+
+/// Nodes of a cluster group that bootstraps statically.
+pub const CLUSTER_NODES_MAX: usize = 5;
+
+/// Length of a volume's name, in bytes: a DNS label, as Kubernetes names are.
+pub const NAME_BYTES_MAX: usize = 63;
+
+const _: () = assert!(TRANSFER_BYTES_MAX.is_multiple_of(BLOCK_SIZE));
+// An entry's block count is held in 16 bits on disk.
+const _: () = assert!(TRANSFER_BLOCKS_MAX <= u16::MAX as usize);
+const _: () = assert!(VOLUME_BYTES_MAX / (BLOCK_SIZE as u64) <= 1 << 34);
+// One AppendEntries message holds at least one largest entry, and fits a frame.
+const _: () = assert!(TRANSFER_BYTES_MAX <= APPEND_BYTES_MAX);
+const _: () = assert!(APPEND_BYTES_MAX + (1 << 20) <= PEER_FRAME_BYTES_MAX);

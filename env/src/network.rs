@@ -1,0 +1,58 @@
+//! Connections.
+
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+
+/// Where to listen or connect.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Address {
+    /// TCP.
+    Tcp(SocketAddr),
+    /// A Unix socket.
+    Unix(PathBuf),
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Address::Tcp(address) => address.fmt(f),
+            Address::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// Opens and accepts byte streams.
+pub trait Network {
+    /// A connection: reliable, ordered bytes. TCP has Nagle's algorithm off. Dropping it closes
+    /// both directions.
+    type Stream: AsyncRead + AsyncWrite + Unpin + 'static;
+    /// A listening socket.
+    type Listener: Listener<Stream = Self::Stream>;
+
+    /// Starts to listen. TCP port 0 picks a free one. A stale Unix socket is replaced.
+    fn listen(
+        &self,
+        address: &Address,
+    ) -> impl Future<Output = io::Result<Self::Listener>> + 'static;
+
+    /// Connects. No timeout of its own.
+    fn connect(&self, address: &Address)
+    -> impl Future<Output = io::Result<Self::Stream>> + 'static;
+}
+
+/// A listening socket.
+pub trait Listener: 'static {
+    /// The connections it accepts.
+    type Stream;
+
+    /// The next connection and a text that names the other side.
+    fn accept(&self) -> impl Future<Output = io::Result<(Self::Stream, String)>>;
+
+    /// Where it listens: the port picked, where 0 was asked for.
+    fn address(&self) -> Address;
+}

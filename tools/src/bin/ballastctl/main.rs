@@ -1,0 +1,2 @@
+//! ballastctl.
+fn main() {}
