@@ -11,6 +11,7 @@ pub mod clock;
 pub mod disk;
 pub mod entropy;
 pub mod network;
+pub mod raft_runtime;
 pub mod spawn;
 
 use crate::clock::Clock;
