@@ -41,8 +41,10 @@ pub trait Network {
     ) -> impl Future<Output = io::Result<Self::Listener>> + 'static;
 
     /// Connects. No timeout of its own.
-    fn connect(&self, address: &Address)
-    -> impl Future<Output = io::Result<Self::Stream>> + 'static;
+    fn connect(
+        &self,
+        address: &Address,
+    ) -> impl Future<Output = io::Result<Self::Stream>> + 'static;
 }
 
 /// A listening socket.
