@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# All tests of the short tier, from a fresh clone: installs the tools, then runs the stages below
+# one after another and stops at the first that fails. Ends with `N passed, N failed`.
+#
+#   test.sh [STAGE...]     only these stages (names as printed)
+#
+# Environment: BALLAST_TEST_LIMIT  seconds for everything together (2400)
+#              BALLAST_SIM_SEED    an additional simulator seed (derived from the commit)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+limit=${BALLAST_TEST_LIMIT:-2400}
+logs=target/test-logs
+only=("$@")
+passed=0 failed=0 current=
+mkdir -p "$logs"
+export CARGO_TERM_COLOR=never CARGO_TERM_PROGRESS_WHEN=never RUST_BACKTRACE=1
+
+finish() {
+    local rc=$?
+    if ((rc)); then
+        ((failed)) || failed=1
+        echo "FAILED: ${current:-test.sh}, after ${SECONDS} s; its output is in $logs"
+    fi
+    echo "$passed passed, $failed failed"
+}
+trap finish EXIT
+
+wanted() {
+    local name
+    ((${#only[@]})) || return 0
+    for name in "${only[@]}"; do [[ $name != "$1" ]] || return 0; done
+    return 1
+}
+
+# stage NAME COMMAND...
+stage() {
+    local name=$1 start=$SECONDS left=$((limit - SECONDS)) rc=0
+    shift
+    wanted "$name" || return 0
+    current=$name
+    echo "== $name: $*"
+    ((left > 0)) || { echo "no time left of $limit s"; return 1; }
+    timeout -k 10 "$left" "$@" </dev/null >"$logs/$name.log" 2>&1 || rc=$?
+    show "$name" "$rc"
+    ((rc != 124)) || echo "$name ran out of the $limit s for all stages"
+    echo "== $name: $((SECONDS - start)) s, exit $rc"
+    return "$rc"
+}
+
+# The whole output of a failed stage (its end, if long); of a good one what cargo test counted.
+show() {
+    if (($2)); then
+        tail -n 300 "$logs/$1.log"
+    else
+        grep -E '^(     Running|   Doc-tests|test result:|running [1-9])' "$logs/$1.log" || true
+    fi
+}
+
+# A stage whose output holds `test result:` lines; one that ran no test has failed.
+test_stage() {
+    local rc=0 good bad
+    wanted "$1" || return 0
+    stage "$@" || rc=$?
+    read -r good bad < <(awk '/^test result:/ { p += $4; f += $6 } END { print p + 0, f + 0 }' \
+        "$logs/$1.log")
+    passed=$((passed + good)) failed=$((failed + bad))
+    ((rc == 0)) || return "$rc"
+    ((good > 0)) || { echo "$1 executed no test"; return 1; }
+}
+
+# A number below 2^32 that is the same for everybody who has this commit.
+commit_seed() { printf '%d' "0x$(git rev-parse HEAD | cut -c 1-8)"; }
+
+export BALLAST_SIM_SEED=${BALLAST_SIM_SEED:-$(commit_seed)}
+
+stage tools scripts/install-test-tools.sh
+stage format cargo fmt --all --check
+test_stage tidy cargo test --quiet -p ballast-tidy
+stage dependencies cargo deny check --hide-inclusion-graph bans licenses sources
+stage clippy cargo clippy --workspace --all-targets --locked -- -D warnings
+stage docs env RUSTDOCFLAGS='-D warnings' \
+    cargo doc --workspace --no-deps --document-private-items --locked
+test_stage unit cargo test --workspace --locked --exclude ballast-tidy --exclude ballast-sim \
+    --exclude ballast-e2e
+echo "simulator seed of this commit: BALLAST_SIM_SEED=$BALLAST_SIM_SEED"
+test_stage simulator cargo test -p ballast-sim --locked
+current=
