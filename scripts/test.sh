@@ -53,7 +53,8 @@ show() {
     if (($2)); then
         tail -n 300 "$logs/$1.log"
     else
-        grep -E '^(     Running|   Doc-tests|test result:|running [1-9])' "$logs/$1.log" || true
+        awk '/^ +(Running|Doc-tests)/ { name = $0 }
+             /^test result:/ && ($4 || $6) { print name; print; name = "" }' "$logs/$1.log"
     fi
 }
 
