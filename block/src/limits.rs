@@ -13,6 +13,27 @@ pub const TRANSFER_BYTES_MAX: usize = 1 << 20;
 /// negotiated no block size. Split into entries of [`TRANSFER_BYTES_MAX`].
 pub const NBD_REQUEST_BYTES_MAX: usize = 32 << 20;
 
+/// Data of one NBD handshake option, in bytes: the longest export name that the protocol allows
+/// (4096) and as much again for queries. More is skipped, and refused as too big.
+pub const NBD_OPTION_BYTES_MAX: usize = 8 << 10;
+
+/// Data of an NBD option that is skipped to answer it politely, in bytes; above, the connection
+/// ends: no client has a use for it.
+pub const NBD_OPTION_SKIP_BYTES_MAX: usize = 1 << 20;
+
+/// Options in one NBD handshake: real clients send under ten, and two per export when listing.
+pub const NBD_OPTIONS_MAX: usize = 4096;
+
+/// Metadata queries in one NBD option: only one context exists.
+pub const NBD_META_QUERIES_MAX: usize = 64;
+
+/// Answers of an NBD handshake that wait for the client to read them, in bytes: no further option
+/// is looked at above. One list of exports may exceed it once.
+pub const NBD_HANDSHAKE_REPLY_BYTES_MAX: usize = 64 << 10;
+
+/// Extents in one NBD block status reply: 128 KiB on the wire; clients ask on from its end.
+pub const NBD_STATUS_EXTENTS_MAX: usize = 16 << 10;
+
 /// Blocks of the largest entry.
 pub const TRANSFER_BLOCKS_MAX: usize = TRANSFER_BYTES_MAX / BLOCK_SIZE;
 
@@ -86,6 +107,8 @@ pub const CLUSTER_NODES_MAX: usize = 5;
 pub const NAME_BYTES_MAX: usize = 63;
 
 const _: () = assert!(TRANSFER_BYTES_MAX.is_multiple_of(BLOCK_SIZE));
+// A connection with nothing in flight can always take the largest request.
+const _: () = assert!(NBD_REQUEST_BYTES_MAX <= CONNECTION_INFLIGHT_BYTES_MAX);
 // An entry's block count is held in 16 bits on disk.
 const _: () = assert!(TRANSFER_BLOCKS_MAX <= u16::MAX as usize);
 const _: () = assert!(VOLUME_BYTES_MAX / (BLOCK_SIZE as u64) <= 1 << 34);
