@@ -1,1 +1,24 @@
-//! To be written.
+//! The server side of one NBD connection: bytes in, commands out; completions in, bytes out.
+//!
+//! Owns the protocol: the fixed newstyle handshake, requests, replies, and what a client may ask
+//! for at most. Does no I/O, knows no volumes, has no clock: its caller reads and writes the
+//! socket, answers which exports exist, and runs the commands. `docs/nbd.md` says what is
+//! supported and how exports are named.
+//!
+//! On the write path it is step 2: [`Session`] hands out a `Write` whose payload the socket was
+//! read into directly.
+
+mod export;
+mod handshake;
+mod input;
+mod io_command;
+mod reply;
+mod session;
+mod wire;
+
+pub use export::{
+    Access, ExportInfo, ExportName, ExportNameError, ListExportsError, OpenExport, OpenExportError,
+    Purpose,
+};
+pub use reply::ReplyQueue;
+pub use session::{CommandId, Event, Session, SessionError, Want};

@@ -1,0 +1,553 @@
+//! One connection: the handshake, then requests until the client says good-bye.
+//!
+//! Owns the life of a request as one enum ([`Receiving`], then [`Pending`]), and what may be in
+//! flight at once. Never reads, writes or waits: see [`Want`]. Write path, step 2.
+
+use ballast_block::limits::{
+    CONNECTION_INFLIGHT_BYTES_MAX, CONNECTION_INFLIGHT_COMMANDS_MAX, NBD_HANDSHAKE_REPLY_BYTES_MAX,
+    NBD_REQUEST_BYTES_MAX,
+};
+use ballast_block::{AlignedBuf, ByteRange, IoCommand, IoError, IoReply};
+use bytes::Buf;
+use thiserror::Error;
+
+use crate::export::{ExportInfo, ExportNameError, ListExportsError, OpenExport, OpenExportError};
+use crate::handshake::{Handshake, Question, Step};
+use crate::input::{INPUT_BYTES, Input};
+use crate::io_command::{self, Action, Negotiated, Refusal, Reply};
+use crate::reply::{Replier, ReplyQueue, errno_of};
+use crate::wire::{Errno, REQUEST_BYTES, Request, command};
+
+/// Bytes read ahead while no payload is expected: many small requests in one read. What arrives
+/// of a payload this way is copied, so it is not more than one block.
+const READ_AHEAD_BYTES: usize = 4096;
+
+/// The server's side of one NBD connection.
+///
+/// The caller's loop: take [`Session::next_event`] until it gives `None`, send
+/// [`Session::replies`], then do what [`Session::want`] says. Commands are completed at any time,
+/// in any order.
+pub struct Session {
+    input: Input,
+    replies: ReplyQueue,
+    phase: Phase,
+    shutting_down: bool,
+}
+
+enum Phase {
+    Handshake(Handshake),
+    Transmission(Transmission),
+    /// The client gave up during the handshake.
+    Aborted,
+    Failed(SessionError),
+}
+
+/// What the caller is asked to do.
+#[derive(Debug)]
+pub enum Event {
+    /// Answer with [`Session::exports_listed`].
+    ListExports,
+    /// Answer with [`Session::export_opened`].
+    OpenExport(OpenExport),
+    /// A write of so many bytes arrives: answer with [`Session::payload_buffer`].
+    PayloadBuffer {
+        /// Bytes of its payload.
+        length: usize,
+    },
+    /// Run it, then [`Session::complete`] it. Ranges lie inside the export. Reads and writes may
+    /// be larger than one transfer (up to `limits::NBD_REQUEST_BYTES_MAX`), trims, zeroes and
+    /// block status up to 4 GiB: the caller splits them.
+    Command {
+        /// Names it in the completion.
+        id: CommandId,
+        /// What to do.
+        command: IoCommand,
+    },
+}
+
+/// What the session needs before it can go on; asked when there is no event.
+#[derive(Debug)]
+pub enum Want<'a> {
+    /// Read from the socket into `first`, and in the same call, if that is convenient, on into
+    /// `then`; tell [`Session::received`] how much came. `first` is never empty, `then` may be.
+    Read {
+        /// Where the next bytes belong.
+        first: &'a mut [u8],
+        /// Where those after `first` belong.
+        then: &'a mut [u8],
+    },
+    /// Read nothing: an answer, a buffer, a completion or the sending of replies comes first.
+    Nothing,
+    /// The client has said good-bye and all is answered and sent, or the session has failed: close
+    /// the connection.
+    Close,
+}
+
+/// Names a command in flight of one session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CommandId {
+    slot: usize,
+    /// Never used twice in a session: finds a command that is completed twice.
+    number: u64,
+}
+
+/// Why a connection must be closed at once.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum SessionError {
+    /// The protocol demands to close then.
+    #[error("client set unknown handshake flags {flags:#010x}")]
+    UnknownClientFlags {
+        /// All flags it set.
+        flags: u32,
+    },
+    /// Not an option: no NBD client, or out of step.
+    #[error("client sent {found:#018x} where the magic number of an option belongs")]
+    BadOptionMagic {
+        /// What stood there.
+        found: u64,
+    },
+    /// More data than an option can need.
+    #[error("client sent option {option} with {length} bytes of data")]
+    OptionTooLarge {
+        /// The option's number.
+        option: u32,
+        /// Its length in bytes.
+        length: u32,
+    },
+    /// More options than `limits::NBD_OPTIONS_MAX`.
+    #[error("client sent too many options without choosing an export")]
+    TooManyOptions,
+    /// `NBD_OPT_EXPORT_NAME` has no way to say so to the client.
+    #[error("client chose an export by an option that can't be refused: {0}")]
+    ExportNameInvalid(#[source] ExportNameError),
+    /// `NBD_OPT_EXPORT_NAME` has no way to say so to the client.
+    #[error("client chose an export by an option that can't be refused: {0}")]
+    ExportRefused(#[source] OpenExportError),
+    /// Not a request: out of step.
+    #[error("client sent {found:#010x} where the magic number of a request belongs")]
+    BadRequestMagic {
+        /// What stood there.
+        found: u32,
+    },
+    /// A write larger than any client may send.
+    #[error("client sent a write of {length} bytes; the limit is {NBD_REQUEST_BYTES_MAX}")]
+    WriteTooLarge {
+        /// Its length in bytes.
+        length: u32,
+    },
+}
+
+impl Default for Session {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Session {
+    /// A new connection; the greeting waits in [`Session::replies`].
+    pub fn new() -> Self {
+        let mut replies = ReplyQueue::default();
+        let phase = Phase::Handshake(Handshake::new(&mut replies));
+        Self { input: Input::new(), replies, phase, shutting_down: false }
+    }
+
+    /// The next thing to do; `None` when there is nothing before what [`Session::want`] says.
+    ///
+    /// # Errors
+    /// [`SessionError`] when the connection must be closed, then and ever after. Commands in
+    /// flight may still be completed.
+    pub fn next_event(&mut self) -> Result<Option<Event>, SessionError> {
+        let event = self.advance();
+        if let Err(error) = &event {
+            self.phase = Phase::Failed(error.clone());
+        }
+        event
+    }
+
+    fn advance(&mut self) -> Result<Option<Event>, SessionError> {
+        match &mut self.phase {
+            Phase::Handshake(handshake) => {
+                while self.replies.remaining() <= NBD_HANDSHAKE_REPLY_BYTES_MAX {
+                    let step =
+                        handshake.step(&mut self.input, &mut self.replies, self.shutting_down)?;
+                    let event = match step {
+                        Step::Taken => continue,
+                        Step::Starved => return Ok(None),
+                        Step::Ask(Question::List) => Event::ListExports,
+                        Step::Ask(Question::Open(open)) => Event::OpenExport(open),
+                        Step::Ask(Question::Abort) => {
+                            self.phase = Phase::Aborted;
+                            return Ok(None);
+                        }
+                    };
+                    return Ok(Some(event));
+                }
+                Ok(None)
+            }
+            Phase::Transmission(transmission) => {
+                transmission.advance(&mut self.input, &mut self.replies, self.shutting_down)
+            }
+            Phase::Aborted => Ok(None),
+            Phase::Failed(error) => Err(error.clone()),
+        }
+    }
+
+    /// What is needed to go on, when [`Session::next_event`] gives `None`.
+    pub fn want(&mut self) -> Want<'_> {
+        let drained = !self.replies.has_remaining();
+        match &mut self.phase {
+            Phase::Handshake(handshake) => {
+                let room = self.replies.remaining() <= NBD_HANDSHAKE_REPLY_BYTES_MAX;
+                let first = self.input.space(INPUT_BYTES);
+                if handshake.wants_input() && room && !first.is_empty() {
+                    Want::Read { first, then: &mut [] }
+                } else {
+                    Want::Nothing
+                }
+            }
+            Phase::Transmission(transmission) => transmission.want(&mut self.input, &self.replies),
+            Phase::Aborted if !drained => Want::Nothing,
+            Phase::Aborted | Phase::Failed(_) => Want::Close,
+        }
+    }
+
+    /// `count` bytes came into what [`Want::Read`] gave.
+    ///
+    /// # Panics
+    /// When that is more than it gave: a bug of the caller.
+    pub fn received(&mut self, mut count: usize) {
+        if let Phase::Transmission(Transmission {
+            receiving: Receiving::Payload { buffer, filled, .. },
+            ..
+        }) = &mut self.phase
+        {
+            let part = count.min(buffer.len() - *filled);
+            *filled += part;
+            count -= part;
+        }
+        self.input.received(count);
+    }
+
+    /// Answers [`Event::ListExports`] with volume names.
+    ///
+    /// # Panics
+    /// When it was not asked: a bug of the caller.
+    pub fn exports_listed(&mut self, exports: Result<Vec<String>, ListExportsError>) {
+        match &mut self.phase {
+            Phase::Handshake(handshake) => handshake.listed(exports, &mut self.replies),
+            _ => panic!("exports were listed unasked"),
+        }
+    }
+
+    /// Answers [`Event::OpenExport`]. With [`crate::Purpose::Attach`], `Ok` means that the caller
+    /// has attached and lets go when this session ends.
+    ///
+    /// # Panics
+    /// When it was not asked: a bug of the caller.
+    pub fn export_opened(&mut self, export: Result<ExportInfo, OpenExportError>) {
+        let Phase::Handshake(handshake) = &mut self.phase else {
+            panic!("an export was opened unasked");
+        };
+        match handshake.opened(export, &mut self.replies) {
+            Ok(None) => {}
+            Ok(Some(negotiated)) => {
+                self.phase = Phase::Transmission(Transmission::new(negotiated));
+            }
+            Err(error) => self.phase = Phase::Failed(error),
+        }
+    }
+
+    /// Answers [`Event::PayloadBuffer`] with memory of exactly the length asked for.
+    ///
+    /// # Panics
+    /// When it was not asked, or the length differs: a bug of the caller.
+    pub fn payload_buffer(&mut self, buffer: AlignedBuf) {
+        match &mut self.phase {
+            Phase::Transmission(transmission) => transmission.payload_buffer(buffer),
+            _ => panic!("a buffer was given unasked"),
+        }
+    }
+
+    /// Answers a command; its reply is then in [`Session::replies`]. Ignored when the session has
+    /// failed.
+    ///
+    /// # Panics
+    /// When the command is not in flight, or the reply is not one to it: a bug of the caller.
+    pub fn complete(&mut self, id: CommandId, result: Result<IoReply, IoError>) {
+        match &mut self.phase {
+            Phase::Transmission(transmission) => {
+                transmission.complete(id, result, &mut self.replies);
+            }
+            Phase::Failed(_) => {}
+            Phase::Handshake(_) | Phase::Aborted => panic!("a completion without a command"),
+        }
+    }
+
+    /// From now on requests and options are refused because the node stops; what is in flight is
+    /// answered as it is completed.
+    pub fn begin_shutdown(&mut self) {
+        self.shutting_down = true;
+    }
+
+    /// Bytes to send; take them off as they are sent.
+    pub fn replies(&mut self) -> &mut ReplyQueue {
+        &mut self.replies
+    }
+
+    /// Commands given out and not completed.
+    pub fn commands_in_flight(&self) -> usize {
+        match &self.phase {
+            Phase::Transmission(transmission) => transmission.in_flight.count,
+            _ => 0,
+        }
+    }
+}
+
+struct Transmission {
+    negotiated: Negotiated,
+    replier: Replier,
+    receiving: Receiving,
+    in_flight: InFlight,
+    /// A client that writes goes on writing: then only the next header is read ahead.
+    last_was_write: bool,
+}
+
+/// The request at the front of the input, from its first byte until it is a command in flight.
+enum Receiving {
+    /// 28 bytes of header are awaited.
+    Header,
+    /// The header is there; it waits until there is room for it.
+    Admitting(Request),
+    /// It is a write that has its slot and waits for memory,
+    AwaitingBuffer { range: ByteRange, id: CommandId },
+    /// whose payload then fills it.
+    Payload { range: ByteRange, id: CommandId, buffer: AlignedBuf, filled: usize },
+    /// It is a write that is refused once its payload is thrown away.
+    Discarding { left: usize, cookie: u64, refusal: Refusal },
+    /// The client said good-bye: nothing follows.
+    Ended,
+}
+
+/// A command given out, until it is completed.
+#[derive(Debug)]
+struct Pending {
+    number: u64,
+    reply: Reply,
+    /// Bytes of memory it may hold.
+    cost: usize,
+}
+
+#[derive(Default)]
+struct InFlight {
+    slots: Vec<Option<Pending>>,
+    free: Vec<usize>,
+    count: usize,
+    bytes: usize,
+    last_number: u64,
+}
+
+impl InFlight {
+    fn has_room(&self, cost: usize, replies: &ReplyQueue) -> bool {
+        self.count < CONNECTION_INFLIGHT_COMMANDS_MAX
+            && self.bytes + replies.remaining() + cost <= CONNECTION_INFLIGHT_BYTES_MAX
+    }
+
+    fn insert(&mut self, reply: Reply, cost: usize) -> CommandId {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(None);
+            self.slots.len() - 1
+        });
+        self.last_number += 1;
+        let number = self.last_number;
+        self.slots[slot] = Some(Pending { number, reply, cost });
+        self.count += 1;
+        self.bytes += cost;
+        CommandId { slot, number }
+    }
+
+    fn remove(&mut self, id: CommandId) -> Reply {
+        let pending = self.slots.get_mut(id.slot).and_then(Option::take);
+        let pending = pending.expect("only commands in flight are completed");
+        assert_eq!(pending.number, id.number, "a command was completed twice");
+        self.free.push(id.slot);
+        self.count -= 1;
+        self.bytes -= pending.cost;
+        pending.reply
+    }
+}
+
+impl Transmission {
+    fn new(negotiated: Negotiated) -> Self {
+        Self {
+            negotiated,
+            replier: Replier { structured: negotiated.structured },
+            receiving: Receiving::Header,
+            in_flight: InFlight::default(),
+            last_was_write: false,
+        }
+    }
+
+    fn advance(
+        &mut self,
+        input: &mut Input,
+        out: &mut ReplyQueue,
+        shutting_down: bool,
+    ) -> Result<Option<Event>, SessionError> {
+        loop {
+            match &mut self.receiving {
+                Receiving::Header => {
+                    if !self.in_flight.has_room(0, out) {
+                        return Ok(None);
+                    }
+                    let Some(bytes) = input.take::<REQUEST_BYTES>() else { return Ok(None) };
+                    self.header(&bytes)?;
+                }
+                Receiving::Admitting(request) => {
+                    let request = *request;
+                    if !self.in_flight.has_room(io_command::memory_cost(&request), out) {
+                        return Ok(None);
+                    }
+                    self.receiving = Receiving::Header;
+                    let event = self.begin(&request, out, shutting_down);
+                    if event.is_some() {
+                        return Ok(event);
+                    }
+                }
+                Receiving::Payload { buffer, filled, .. } => {
+                    *filled += input.take_into(&mut buffer[*filled..]);
+                    if *filled < buffer.len() {
+                        return Ok(None);
+                    }
+                    return Ok(Some(self.payload_is_complete()));
+                }
+                Receiving::Discarding { left, cookie, refusal } => {
+                    *left -= input.skip(*left);
+                    if *left > 0 {
+                        return Ok(None);
+                    }
+                    self.replier.error(out, *cookie, refusal.errno(), &refusal.to_string());
+                    self.receiving = Receiving::Header;
+                }
+                Receiving::AwaitingBuffer { .. } | Receiving::Ended => return Ok(None),
+            }
+        }
+    }
+
+    fn header(&mut self, bytes: &[u8; REQUEST_BYTES]) -> Result<(), SessionError> {
+        let request =
+            Request::decode(bytes).map_err(|found| SessionError::BadRequestMagic { found })?;
+        self.last_was_write = request.command == command::WRITE;
+        if self.last_was_write && request.length as usize > NBD_REQUEST_BYTES_MAX {
+            return Err(SessionError::WriteTooLarge { length: request.length });
+        }
+        self.receiving = Receiving::Admitting(request);
+        Ok(())
+    }
+
+    fn begin(
+        &mut self,
+        request: &Request,
+        out: &mut ReplyQueue,
+        shutting_down: bool,
+    ) -> Option<Event> {
+        let action = match io_command::check(request, &self.negotiated) {
+            Ok(Action::Disconnect) => {
+                self.receiving = Receiving::Ended;
+                return None;
+            }
+            _ if shutting_down => Err(Refusal::ShuttingDown),
+            checked => checked,
+        };
+        let cost = io_command::memory_cost(request);
+        match action {
+            Ok(Action::Submit(command, reply)) => {
+                let id = self.in_flight.insert(reply, cost);
+                Some(Event::Command { id, command })
+            }
+            Ok(Action::Write(range)) => {
+                let reply = Reply::Done { cookie: request.cookie, beyond_end: Errno::NoSpace };
+                let id = self.in_flight.insert(reply, cost);
+                self.receiving = Receiving::AwaitingBuffer { range, id };
+                Some(Event::PayloadBuffer { length: request.length as usize })
+            }
+            Ok(Action::Answer(Reply::Read(read))) => {
+                self.replier.empty_read(out, read.cookie);
+                None
+            }
+            Ok(Action::Answer(reply)) => {
+                self.replier.done(out, reply.cookie());
+                None
+            }
+            Ok(Action::Disconnect) => unreachable!("answered above"),
+            Err(refusal) => {
+                self.refuse(request, refusal);
+                None
+            }
+        }
+    }
+
+    /// All refusals go the way of a write's, whose payload is thrown away first.
+    fn refuse(&mut self, request: &Request, refusal: Refusal) {
+        let left = if request.command == command::WRITE { request.length as usize } else { 0 };
+        self.receiving = Receiving::Discarding { left, cookie: request.cookie, refusal };
+    }
+
+    fn payload_buffer(&mut self, buffer: AlignedBuf) {
+        let Receiving::AwaitingBuffer { range, id } = self.receiving else {
+            panic!("a buffer was given unasked");
+        };
+        assert_eq!(buffer.len() as u64, range.length, "buffer for another payload");
+        self.receiving = Receiving::Payload { range, id, buffer, filled: 0 };
+    }
+
+    fn payload_is_complete(&mut self) -> Event {
+        let received = std::mem::replace(&mut self.receiving, Receiving::Header);
+        let Receiving::Payload { range, id, buffer: data, .. } = received else {
+            unreachable!("called in this state only");
+        };
+        Event::Command { id, command: IoCommand::Write { range, data } }
+    }
+
+    fn want<'a>(&'a mut self, input: &'a mut Input, replies: &ReplyQueue) -> Want<'a> {
+        match &mut self.receiving {
+            Receiving::Header if self.in_flight.has_room(0, replies) => {
+                let limit = if self.last_was_write { REQUEST_BYTES } else { READ_AHEAD_BYTES };
+                non_empty(input.space(limit), &mut [])
+            }
+            Receiving::Payload { buffer, filled, .. } => {
+                non_empty(&mut buffer[*filled..], input.space(REQUEST_BYTES))
+            }
+            Receiving::Discarding { .. } => non_empty(input.space(INPUT_BYTES), &mut []),
+            Receiving::Ended if self.in_flight.count == 0 && !replies.has_remaining() => {
+                Want::Close
+            }
+            Receiving::Header
+            | Receiving::Admitting(_)
+            | Receiving::AwaitingBuffer { .. }
+            | Receiving::Ended => Want::Nothing,
+        }
+    }
+
+    fn complete(&mut self, id: CommandId, result: Result<IoReply, IoError>, out: &mut ReplyQueue) {
+        let reply = self.in_flight.remove(id);
+        match (reply, result) {
+            (Reply::Read(read), Ok(IoReply::Data(parts))) => self.replier.data(out, read, parts),
+            (Reply::Status(ask), Ok(IoReply::Status(all))) => self.replier.status(out, ask, &all),
+            (Reply::Done { cookie, .. }, Ok(IoReply::Done)) => self.replier.done(out, cookie),
+            (_, Err(error)) => {
+                let beyond_end = match reply {
+                    Reply::Done { beyond_end, .. } => beyond_end,
+                    Reply::Read(_) | Reply::Status(_) => Errno::Invalid,
+                };
+                let errno = errno_of(&error, beyond_end);
+                self.replier.error(out, reply.cookie(), errno, &error.to_string());
+            }
+            (reply, Ok(wrong)) => panic!("{wrong:?} is no answer to {reply:?}"),
+        }
+    }
+}
+
+/// Nothing to read into means that an event is still to be taken.
+fn non_empty<'a>(first: &'a mut [u8], then: &'a mut [u8]) -> Want<'a> {
+    if first.is_empty() { Want::Nothing } else { Want::Read { first, then } }
+}
