@@ -106,6 +106,21 @@ pub const CLUSTER_NODES_MAX: usize = 5;
 /// Length of a volume's name, in bytes: a DNS label, as Kubernetes names are.
 pub const NAME_BYTES_MAX: usize = 63;
 
+/// Length of a node's name, in bytes: a DNS subdomain, as Kubernetes nodes have.
+pub const NODE_NAME_BYTES_MAX: usize = 253;
+
+/// Length of a peer address, in bytes: a DNS name, a colon and a port, with room for brackets.
+pub const PEER_ADDRESS_BYTES_MAX: usize = 264;
+
+/// Labels of one node: what topology needs and some more; the whole cluster state stays small.
+pub const NODE_LABELS_MAX: usize = 64;
+
+/// Length of a label's key and of its value, in bytes: a Kubernetes label key has at most 317.
+pub const LABEL_BYTES_MAX: usize = 317;
+
+/// Pools that one node can ever have registered, lost ones included: the state stays small.
+pub const NODE_POOLS_MAX: usize = 64;
+
 const _: () = assert!(TRANSFER_BYTES_MAX.is_multiple_of(BLOCK_SIZE));
 // A connection with nothing in flight can always take the largest request.
 const _: () = assert!(NBD_REQUEST_BYTES_MAX <= CONNECTION_INFLIGHT_BYTES_MAX);
