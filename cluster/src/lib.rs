@@ -1,1 +1,34 @@
-//! To be written.
+//! The cluster group's replicated state: nodes, pools, volumes, replicas, and where they lie.
+//!
+//! Owns the commands, what each does to the state, placement, and the format of both. A pure state
+//! machine: [`ClusterState::apply`] is a function of state and [`Command`] only, so that every
+//! replica decides alike. Never does I/O, never reads a clock, draws no random number (ids that must
+//! be random come in the command), and knows nothing of the consensus library. Not on the write path.
+//!
+//! The cluster group holds *intent*; which replicas are members of a family's Raft group is for that
+//! family's own log to say. Nothing here is deleted before every pool concerned has confirmed it.
+
+mod codec;
+mod command;
+mod error;
+mod nodes;
+mod placement;
+mod reply_codec;
+mod state;
+mod validate;
+mod view;
+mod volumes;
+mod wire;
+
+pub use codec::{StateError, StateProblem};
+pub use command::{Command, CommandError, CreateVolume, NodeBooted, READER_VERSION, RegisterNode};
+pub use error::{NodeProblem, Refusal, RefusalCode, SizeProblem};
+pub use reply_codec::ReplyError;
+pub use state::{ClusterState, Reply};
+pub use validate::{check_volume_name, check_volume_size};
+pub use view::{
+    Node, NodeState, Pool, PoolSpace, PoolState, Replica, ReplicaState, Volume, VolumePhase,
+};
+
+#[cfg(test)]
+mod testing;

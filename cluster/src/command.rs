@@ -1,0 +1,280 @@
+//! What can be asked of the cluster group, and its replicated form.
+
+use std::collections::BTreeMap;
+
+use ballast_block::{FamilyId, NodeId, PoolId, ReplicaId, VolumeId};
+use prost::Message;
+use thiserror::Error;
+
+use crate::view::{PoolSpace, PoolState};
+use crate::wire::{self, CommandKind, CommandRecord};
+
+/// The newest commands and states that this build understands.
+pub const READER_VERSION: u32 = 1;
+
+/// One entry of the cluster group's log. Each may be applied twice: the second time changes nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Make a node known, or change its address and labels. Same id and name = the same node.
+    RegisterNode(RegisterNode),
+    /// A node's process opened a pool, before it uses any replica of it.
+    NodeBooted(NodeBooted),
+    /// A pool's use or health changed.
+    ReportPool {
+        /// Which.
+        pool: PoolId,
+        /// Its size and use now.
+        space: PoolSpace,
+        /// Its health now. `Lost` is final and loses its replicas.
+        state: PoolState,
+    },
+    /// Create a volume and place its replicas. Same name, size and replica count = the same volume.
+    CreateVolume(CreateVolume),
+    /// A node has made a replica in its pool.
+    ReplicaReady {
+        /// Which.
+        replica: ReplicaId,
+    },
+    /// The Raft group of a family was initialised.
+    FamilyFormed {
+        /// Which.
+        family: FamilyId,
+    },
+    /// Grow a volume. The size it has already is no change.
+    ResizeVolume {
+        /// Which.
+        volume: VolumeId,
+        /// Its new size in bytes.
+        size_bytes: u64,
+    },
+    /// Delete a volume. One that is gone is no change.
+    DeleteVolume {
+        /// Which.
+        volume: VolumeId,
+    },
+    /// A pool holds nothing of a removed replica any more.
+    ReplicaRemoved {
+        /// Which.
+        replica: ReplicaId,
+    },
+}
+
+/// See [`Command::RegisterNode`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RegisterNode {
+    /// Its number, from 1.
+    pub node: NodeId,
+    /// Its name: a DNS subdomain.
+    pub name: String,
+    /// Where peers reach it: `host:port`.
+    pub peer_address: String,
+    /// Topology and the like.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// See [`Command::NodeBooted`].
+///
+/// A counter that is not newer than the one known says that the pool's contents went back in time
+/// (hazard F5): the pool and its replicas are lost. So that a *repeated* report is not taken for
+/// that, it names its process; and it must reach the group only over a link of that process: a
+/// report of an earlier process that arrives after the one of a later is dropped with its link.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeBooted {
+    /// The node.
+    pub node: NodeId,
+    /// Its pool.
+    pub pool: PoolId,
+    /// The counter that this start wrote to the pool's superblocks, from 1.
+    pub boot_counter: u64,
+    /// Random, drawn once per process start.
+    pub incarnation: u64,
+    /// The pool's size and use.
+    pub space: PoolSpace,
+}
+
+/// See [`Command::CreateVolume`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CreateVolume {
+    /// Random, drawn by the proposer; unused when the volume exists.
+    pub volume: VolumeId,
+    /// A DNS label.
+    pub name: String,
+    /// Size in bytes: whole blocks.
+    pub size_bytes: u64,
+    /// 1, 3 or 5.
+    pub replicas: u32,
+    /// The proposer's wall clock, milliseconds since 1970. For people only.
+    pub created_at_ms: u64,
+}
+
+/// Bytes of the log that are not a command this build can apply.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum CommandError {
+    /// A newer build wrote it. The replica must halt, not skip it.
+    #[error(
+        "cluster command needs reader version {needs}, this build has {READER_VERSION}: \
+         upgrade this node"
+    )]
+    TooNew {
+        /// The version it needs.
+        needs: u32,
+    },
+    /// Not a command.
+    #[error("cluster command is malformed ({0}): the log entry is damaged")]
+    Malformed(&'static str),
+    /// Not even protobuf.
+    #[error("cluster command is not valid protobuf ({0}): the log entry is damaged")]
+    NotProtobuf(#[from] prost::DecodeError),
+}
+
+impl Command {
+    /// Its name, for logs and metrics.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Command::RegisterNode(_) => "register-node",
+            Command::NodeBooted(_) => "node-booted",
+            Command::ReportPool { .. } => "report-pool",
+            Command::CreateVolume(_) => "create-volume",
+            Command::ReplicaReady { .. } => "replica-ready",
+            Command::FamilyFormed { .. } => "family-formed",
+            Command::ResizeVolume { .. } => "resize-volume",
+            Command::DeleteVolume { .. } => "delete-volume",
+            Command::ReplicaRemoved { .. } => "replica-removed",
+        }
+    }
+
+    /// The oldest reader version that applies it as meant. A command whose meaning changes gets a
+    /// higher one, and may be proposed only when all registered nodes have it.
+    pub fn min_reader(&self) -> u32 {
+        1
+    }
+
+    /// Its replicated form.
+    pub fn encode(&self) -> Vec<u8> {
+        let record =
+            CommandRecord { min_reader: self.min_reader(), kind: Some(CommandKind::from(self)) };
+        record.encode_to_vec()
+    }
+
+    /// From its replicated form.
+    ///
+    /// # Errors
+    /// [`CommandError::TooNew`] for one of a newer build, the others for damage.
+    pub fn decode(bytes: &[u8]) -> Result<Self, CommandError> {
+        let record = CommandRecord::decode(bytes)?;
+        if record.min_reader > READER_VERSION {
+            return Err(CommandError::TooNew { needs: record.min_reader });
+        }
+        let kind = record.kind.ok_or(CommandError::Malformed("its kind is unknown"))?;
+        Command::try_from(kind)
+    }
+}
+
+impl std::fmt::Display for Command {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl From<&Command> for CommandKind {
+    fn from(command: &Command) -> Self {
+        match command.clone() {
+            Command::RegisterNode(it) => CommandKind::RegisterNode(wire::RegisterNode {
+                node: it.node.0,
+                name: it.name,
+                peer_address: it.peer_address,
+                labels: it.labels,
+            }),
+            Command::NodeBooted(it) => CommandKind::NodeBooted(wire::NodeBooted {
+                node: it.node.0,
+                pool: it.pool.as_bytes().to_vec(),
+                boot_counter: it.boot_counter,
+                incarnation: it.incarnation,
+                space: Some(it.space.into()),
+            }),
+            Command::ReportPool { pool, space, state } => {
+                CommandKind::ReportPool(wire::ReportPool {
+                    pool: pool.as_bytes().to_vec(),
+                    space: Some(space.into()),
+                    state: wire::PoolStateNumber::from(state).into(),
+                })
+            }
+            Command::CreateVolume(it) => CommandKind::CreateVolume(wire::CreateVolume {
+                volume: it.volume.as_bytes().to_vec(),
+                name: it.name,
+                size_bytes: it.size_bytes,
+                replicas: it.replicas,
+                created_at_ms: it.created_at_ms,
+            }),
+            Command::ReplicaReady { replica } => {
+                CommandKind::ReplicaReady(wire::ReplicaReady { replica: replica.0 })
+            }
+            Command::FamilyFormed { family } => {
+                CommandKind::FamilyFormed(wire::FamilyFormed { family: family.0 })
+            }
+            Command::ResizeVolume { volume, size_bytes } => {
+                let volume = volume.as_bytes().to_vec();
+                CommandKind::ResizeVolume(wire::ResizeVolume { volume, size_bytes })
+            }
+            Command::DeleteVolume { volume } => {
+                CommandKind::DeleteVolume(wire::DeleteVolume { volume: volume.as_bytes().to_vec() })
+            }
+            Command::ReplicaRemoved { replica } => {
+                CommandKind::ReplicaRemoved(wire::ReplicaRemoved { replica: replica.0 })
+            }
+        }
+    }
+}
+
+impl TryFrom<CommandKind> for Command {
+    type Error = CommandError;
+
+    fn try_from(kind: CommandKind) -> Result<Self, CommandError> {
+        Ok(match kind {
+            CommandKind::RegisterNode(it) => Command::RegisterNode(RegisterNode {
+                node: NodeId(it.node),
+                name: it.name,
+                peer_address: it.peer_address,
+                labels: it.labels,
+            }),
+            CommandKind::NodeBooted(it) => Command::NodeBooted(NodeBooted {
+                node: NodeId(it.node),
+                pool: PoolId::from_bytes(id_bytes(&it.pool)?),
+                boot_counter: it.boot_counter,
+                incarnation: it.incarnation,
+                space: it.space.unwrap_or_default().into(),
+            }),
+            CommandKind::ReportPool(it) => Command::ReportPool {
+                pool: PoolId::from_bytes(id_bytes(&it.pool)?),
+                space: it.space.unwrap_or_default().into(),
+                state: PoolState::try_from(it.state())
+                    .map_err(|_| CommandError::Malformed("its pool state is unknown"))?,
+            },
+            CommandKind::CreateVolume(it) => Command::CreateVolume(CreateVolume {
+                volume: VolumeId::from_bytes(id_bytes(&it.volume)?),
+                name: it.name,
+                size_bytes: it.size_bytes,
+                replicas: it.replicas,
+                created_at_ms: it.created_at_ms,
+            }),
+            CommandKind::ReplicaReady(it) => {
+                Command::ReplicaReady { replica: ReplicaId(it.replica) }
+            }
+            CommandKind::FamilyFormed(it) => Command::FamilyFormed { family: FamilyId(it.family) },
+            CommandKind::ResizeVolume(it) => Command::ResizeVolume {
+                volume: VolumeId::from_bytes(id_bytes(&it.volume)?),
+                size_bytes: it.size_bytes,
+            },
+            CommandKind::DeleteVolume(it) => {
+                Command::DeleteVolume { volume: VolumeId::from_bytes(id_bytes(&it.volume)?) }
+            }
+            CommandKind::ReplicaRemoved(it) => {
+                Command::ReplicaRemoved { replica: ReplicaId(it.replica) }
+            }
+        })
+    }
+}
+
+fn id_bytes(bytes: &[u8]) -> Result<[u8; 16], CommandError> {
+    bytes.try_into().map_err(|_| CommandError::Malformed("an id is not 16 bytes"))
+}

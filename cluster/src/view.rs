@@ -1,0 +1,144 @@
+//! What the state consists of, as plain types. Their replicated form is in `wire`.
+
+use std::collections::BTreeMap;
+
+use ballast_block::{FamilyId, NodeId, PoolId, ReplicaId, VolumeId};
+
+/// A storage node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// Its number.
+    pub id: NodeId,
+    /// Its name: in Kubernetes, the node's name. Never changes for an id.
+    pub name: String,
+    /// Where its peers reach it: `host:port`.
+    pub peer_address: String,
+    /// Topology and whatever else the administrator says of it.
+    pub labels: BTreeMap<String, String>,
+    /// How far it got.
+    pub state: NodeState,
+}
+
+/// How far a node got. Whether it is alive now is not replicated: that is for its peers to see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodeState {
+    /// Known by name, has never started with a pool.
+    Registered,
+    /// Has started with a pool at least once.
+    Active,
+}
+
+/// A pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pool {
+    /// Its id, from its superblock.
+    pub id: PoolId,
+    /// The node it lies on.
+    pub node: NodeId,
+    /// The start counter of its superblock, as last accepted. Only grows.
+    pub boot_counter: u64,
+    /// The process that reported that start; tells a repeated report from a second start.
+    pub incarnation: u64,
+    /// Its size and use, as last reported.
+    pub space: PoolSpace,
+    /// Whether it may be used.
+    pub state: PoolState,
+}
+
+/// Size and use of a pool, coarse: for placement and for people, not for admission.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PoolSpace {
+    /// Bytes that volumes can ever use: reserves are subtracted.
+    pub capacity_bytes: u64,
+    /// Bytes of these that can't be given to new writes now.
+    pub used_bytes: u64,
+}
+
+impl PoolSpace {
+    /// Bytes left.
+    pub fn free_bytes(&self) -> u64 {
+        self.capacity_bytes.saturating_sub(self.used_bytes)
+    }
+
+    /// Whether `now` differs enough from what was last reported to be worth a replicated command:
+    /// by 1/64 of the capacity, or the pool has just become full or stopped being so.
+    pub fn worth_reporting(&self, now: &PoolSpace) -> bool {
+        self.capacity_bytes != now.capacity_bytes
+            || self.used_bytes.abs_diff(now.used_bytes) >= (now.capacity_bytes / 64).max(1)
+            || (self.free_bytes() == 0) != (now.free_bytes() == 0)
+    }
+}
+
+/// Whether a pool may be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PoolState {
+    /// Works.
+    Ok,
+    /// Its last write failed or was overdue. Its replicas keep their ids: it may come back.
+    Failed,
+    /// Gone, or may have forgotten what it acknowledged: it and its replicas never serve again.
+    Lost,
+}
+
+/// A volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Volume {
+    /// Its id; NVMe NQN and NGUID derive from it.
+    pub id: VolumeId,
+    /// Its name: unique among the volumes that are not being deleted.
+    pub name: String,
+    /// Its size in bytes: whole blocks.
+    pub size_bytes: u64,
+    /// Its family: the Raft group that replicates it.
+    pub family: FamilyId,
+    /// How many replicas it is to have.
+    pub replica_count: u32,
+    /// Its replicas, lost ones included, in rising order.
+    pub replicas: Vec<ReplicaId>,
+    /// When its creation was asked for, milliseconds since 1970 by the proposer's wall clock.
+    pub created_at_ms: u64,
+    /// How far it got.
+    pub phase: VolumePhase,
+}
+
+/// How far a volume got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VolumePhase {
+    /// Placed; its Raft group is not formed yet.
+    Creating,
+    /// Its Raft group was formed: it can be used.
+    Ready,
+    /// Its data is being removed; its name is free again.
+    Deleting,
+}
+
+/// A replica: one node's copy of a family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Replica {
+    /// Its id, which is its Raft member id too.
+    pub id: ReplicaId,
+    /// Its family.
+    pub family: FamilyId,
+    /// The node it lies on.
+    pub node: NodeId,
+    /// The pool it lies in.
+    pub pool: PoolId,
+    /// How far it got.
+    pub state: ReplicaState,
+}
+
+/// How far a replica got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReplicaState {
+    /// Its node is to make it.
+    Creating,
+    /// It exists in its pool.
+    Ready,
+    /// Its pool was lost. It never votes again.
+    Lost,
+    /// Its node is to remove it, then to confirm.
+    Removing,
+    /// Its pool confirmed the removal. Kept until all replicas of the family got here, so that a
+    /// node that was away learns of the removal.
+    Removed,
+}
