@@ -6,4 +6,7 @@
 //! decides what an entry means (that is `volume`), never talks to a peer.
 
 pub mod entry;
+pub mod log;
+pub mod pool;
+pub mod replica;
 pub mod types;

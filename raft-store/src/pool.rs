@@ -1,0 +1,351 @@
+//! A pool: one file or disk, one shard, one thread; the replicas on it, their log and map.
+//!
+//! Owns the pool's life (format, open, checkpoint, close), the set of its replicas and its space.
+//! Never decides what an entry means, never talks to a peer. Not on the path of a write itself:
+//! [`crate::log::Log`] is step 5, [`crate::replica::Replica`] step 7.
+
+use std::path::Path;
+use std::rc::Rc;
+
+use ballast_block::{ClusterId, FamilyId, NodeId, PoolId, ReplicaId, VolumeId};
+use ballast_env::Env;
+use bytes::Bytes;
+use thiserror::Error;
+use tokio::sync::watch;
+
+use crate::replica::Replica;
+
+/// An open pool. A cheap handle: clones share everything; all of them live on one thread.
+pub struct Pool<E: Env> {
+    inner: Rc<PoolInner<E>>,
+}
+
+impl<E: Env> Clone for Pool<E> {
+    fn clone(&self) -> Self {
+        Self { inner: self.inner.clone() }
+    }
+}
+
+/// How to make a pool.
+#[derive(Clone, Debug)]
+pub struct FormatOptions {
+    /// The cluster that the pool belongs to.
+    pub cluster: ClusterId,
+    /// The node that the pool belongs to.
+    pub node: NodeId,
+    /// `Some(bytes)`: create a regular file of that size, which must not exist.
+    /// `None`: use an existing file or device as it is.
+    pub create: Option<u64>,
+    /// Format although the first MiB holds something that is not a Ballast pool. A Ballast pool is
+    /// never formatted again, whatever this says.
+    pub overwrite_foreign: bool,
+}
+
+/// What the opener expects to find: anything else is refused (hazard F5).
+#[derive(Clone, Debug)]
+pub struct PoolExpectation {
+    /// The cluster.
+    pub cluster: ClusterId,
+    /// The node.
+    pub node: NodeId,
+    /// The pool, where it is known.
+    pub pool: Option<PoolId>,
+}
+
+/// What opening found and did.
+#[derive(Clone, Debug, Default)]
+pub struct RecoveryReport {
+    /// Replicas on the pool.
+    pub replicas: usize,
+    /// Records replayed since the last checkpoint.
+    pub replayed_records: u64,
+    /// Bytes of log read to replay them.
+    pub replayed_bytes: u64,
+    /// A torn, never acknowledged tail was dropped.
+    pub torn_tail: bool,
+    /// Replicas that may have lost something that they acknowledged (hazard F6): see
+    /// [`Replica::health`].
+    pub suspects: Vec<ReplicaId>,
+    /// Log entries that are known but whose payload is damaged on this disk, all replicas.
+    pub damaged_entries: u64,
+}
+
+/// What identifies a replica and what the layer above wants kept with it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReplicaDescriptor {
+    /// The replica: also its Raft member id.
+    pub replica: ReplicaId,
+    /// Its family; [`FamilyId::CLUSTER`] for the cluster group.
+    pub family: FamilyId,
+    /// The volume that founded the family; zero for the cluster group.
+    pub volume: VolumeId,
+    /// Bytes of the layer above, in its own versioned encoding; at most
+    /// [`DESCRIPTOR_BYTES_MAX`].
+    pub bytes: Bytes,
+}
+
+/// Largest descriptor of the layer above, in bytes: it travels in one record header.
+pub const DESCRIPTOR_BYTES_MAX: usize = 1024;
+
+/// Space of a pool, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Space {
+    /// What the pool can hold: all its segments.
+    pub total: u64,
+    /// In segments that hold live blocks, retained entries or are being written.
+    pub used: u64,
+    /// Live blocks; exact at a quiet point (after the map's delta is merged), an upper bound
+    /// otherwise.
+    pub live: u64,
+    /// Free after the reserves for votes, checkpoint, cleaner and trims: what is shown as free.
+    pub free: u64,
+}
+
+impl Space {
+    /// Bytes of payload that may be granted to leaders in all (hazard F11): what was granted and
+    /// is not yet appended must be subtracted by the caller. 0 = full: stop admitting writes.
+    pub fn credit(&self) -> u64 {
+        self.free
+    }
+}
+
+/// Why a pool stopped. Its replicas are gone from this process until it is opened again.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum PoolFailure {
+    /// A write failed or was overdue; nothing of it was acknowledged, nothing is retried.
+    #[error("pool failed: {0}; check the disk, then restart the node")]
+    Write(String),
+    /// The pool was closed.
+    #[error("pool is closed")]
+    Closed,
+}
+
+/// Formatting a pool was refused or failed.
+#[derive(Debug, Error)]
+pub enum FormatPoolError {
+    /// The disk answered with an error.
+    #[error("can't format pool: {0}")]
+    Io(#[from] std::io::Error),
+    /// There is, or was, a pool.
+    #[error(
+        "{path} holds a Ballast pool: it is never formatted again; wipe it by hand to reuse it"
+    )]
+    HoldsPool {
+        /// The file or device.
+        path: String,
+    },
+    /// There is something else.
+    #[error("{path} is not empty; pass the overwrite option to destroy what it holds")]
+    HoldsForeignData {
+        /// The file or device.
+        path: String,
+    },
+    /// Too small.
+    #[error("{size} bytes are too few for a pool; the least is {least}")]
+    TooSmall {
+        /// Its size in bytes.
+        size: u64,
+        /// Least size in bytes.
+        least: u64,
+    },
+}
+
+/// Opening a pool was refused or failed.
+#[derive(Debug, Error)]
+pub enum OpenPoolError {
+    /// The disk answered with an error.
+    #[error("can't open pool: {0}")]
+    Io(#[from] std::io::Error),
+    /// What is on the disk is not what was expected, or can't be read.
+    #[error("pool refused: {0}")]
+    Refused(String),
+}
+
+/// Creating a replica was refused or failed.
+#[derive(Debug, Error)]
+pub enum CreateReplicaError {
+    /// The id exists, or existed once: ids are never used twice (hazard F5).
+    #[error("{0} exists or existed on this pool: allocate a new replica id")]
+    SeenBefore(ReplicaId),
+    /// Every slot of the vote table is taken.
+    #[error("the pool holds {0} replicas, its most: use another pool")]
+    TooMany(usize),
+    /// The descriptor is longer than a record holds.
+    #[error("replica descriptor of {0} bytes is longer than {DESCRIPTOR_BYTES_MAX}")]
+    DescriptorTooLong(usize),
+    /// The pool stopped.
+    #[error(transparent)]
+    Pool(#[from] PoolFailure),
+}
+
+/// Dropping a replica failed.
+#[derive(Debug, Error)]
+pub enum DropReplicaError {
+    /// There is no such replica here.
+    #[error("{0} is not on this pool")]
+    NotHere(ReplicaId),
+    /// The pool stopped.
+    #[error(transparent)]
+    Pool(#[from] PoolFailure),
+}
+
+/// A checkpoint could not be made durable.
+#[derive(Debug, Error)]
+pub enum CheckpointError {
+    /// The pool stopped.
+    #[error(transparent)]
+    Pool(#[from] PoolFailure),
+    /// A map could not be written.
+    #[error("checkpoint of {replica} failed: {problem}")]
+    Map {
+        /// Whose map.
+        replica: ReplicaId,
+        /// What failed.
+        problem: String,
+    },
+}
+
+/// Counters and gauges of a pool, for metrics. Counters count since the pool was opened.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PoolStats {
+    /// Space.
+    pub space: Space,
+    /// Segments, all and free.
+    pub segments: u64,
+    /// Free segments.
+    pub segments_free: u64,
+    /// Bytes written for log entries, payload and headers.
+    pub log_bytes_written: u64,
+    /// Disk writes that carried them.
+    pub log_writes: u64,
+    /// Bytes that the cleaner moved.
+    pub cleaner_bytes_moved: u64,
+    /// Segments that the cleaner emptied.
+    pub cleaner_segments: u64,
+    /// Checkpoints made.
+    pub checkpoints: u64,
+    /// Log since the recovery start, in bytes.
+    pub log_since_checkpoint: u64,
+    /// Retained log entries, all replicas, in bytes.
+    pub retained_bytes: u64,
+    /// Payload held by the log cache, in bytes.
+    pub cache_bytes: u64,
+    /// Unmerged changes of all maps, in bytes.
+    pub map_delta_bytes: u64,
+    /// Blocks whose checksum failed.
+    pub damaged_blocks: u64,
+    /// Blocks repaired.
+    pub repaired_blocks: u64,
+    /// Replicas that are suspect.
+    pub suspects: u64,
+}
+
+pub(crate) struct PoolInner<E: Env> {
+    never: std::convert::Infallible,
+    _env: E,
+}
+
+impl<E: Env> Pool<E> {
+    /// Makes a pool of a new file, or of an existing file or device. Answers its id.
+    ///
+    /// # Errors
+    /// [`FormatPoolError`]; what ever was a Ballast pool is never formatted (guarantee
+    /// **never-format-data**).
+    pub async fn format(
+        _env: &E,
+        path: &Path,
+        _options: FormatOptions,
+    ) -> Result<PoolId, FormatPoolError> {
+        let path = path.display();
+        Err(std::io::Error::other(format!("{path}: this build can't format pools yet")).into())
+    }
+
+    /// Opens a pool, locks it, recovers every replica on it and raises its boot counter.
+    ///
+    /// # Errors
+    /// [`OpenPoolError`]; a pool that can't be understood whole is refused, never re-made.
+    pub async fn open(
+        _env: E,
+        path: &Path,
+        _expect: PoolExpectation,
+    ) -> Result<(Self, RecoveryReport), OpenPoolError> {
+        Err(OpenPoolError::Refused(format!("{}: this build can't open pools yet", path.display())))
+    }
+
+    /// The pool's id.
+    pub fn id(&self) -> PoolId {
+        match self.inner.never {}
+    }
+
+    /// How often the pool was opened, this time included; peers compare it (hazard F5).
+    pub fn boot_counter(&self) -> u64 {
+        match self.inner.never {}
+    }
+
+    /// Every replica, by id.
+    pub fn replicas(&self) -> Vec<Replica<E>> {
+        match self.inner.never {}
+    }
+
+    /// The replica with that id; never made by asking.
+    pub fn replica(&self, _id: ReplicaId) -> Option<Replica<E>> {
+        match self.inner.never {}
+    }
+
+    /// Ids of replicas that were here once and were dropped (hazard 28).
+    pub fn dropped(&self) -> Vec<ReplicaId> {
+        match self.inner.never {}
+    }
+
+    /// Makes a replica with an empty log and map; durable when it returns.
+    ///
+    /// # Errors
+    /// [`CreateReplicaError`]; an id seen before is refused, also a dropped one.
+    pub async fn create_replica(
+        &self,
+        _descriptor: ReplicaDescriptor,
+    ) -> Result<Replica<E>, CreateReplicaError> {
+        match self.inner.never {}
+    }
+
+    /// Drops a replica: its data is freed, its id stays known. Durable when it returns. Handles to
+    /// it that are still around answer errors.
+    ///
+    /// # Errors
+    /// [`DropReplicaError`].
+    pub async fn drop_replica(&self, _id: ReplicaId) -> Result<(), DropReplicaError> {
+        match self.inner.never {}
+    }
+
+    /// Space, now.
+    pub fn space(&self) -> Space {
+        match self.inner.never {}
+    }
+
+    /// Turns `Some` when the pool stops; every replica of it has then failed.
+    pub fn failure(&self) -> watch::Receiver<Option<PoolFailure>> {
+        match self.inner.never {}
+    }
+
+    /// Makes a checkpoint now; returns when it is durable. What was applied and durable when it was
+    /// called is covered by it.
+    ///
+    /// # Errors
+    /// [`CheckpointError`].
+    pub async fn checkpoint(&self) -> Result<(), CheckpointError> {
+        match self.inner.never {}
+    }
+
+    /// Checkpoints and stops. Handles that are still around answer errors.
+    ///
+    /// # Errors
+    /// [`CheckpointError`]: the pool is closed all the same; its log has everything.
+    pub async fn close(&self) -> Result<(), CheckpointError> {
+        match self.inner.never {}
+    }
+
+    /// Counters and gauges, now.
+    pub fn stats(&self) -> PoolStats {
+        match self.inner.never {}
+    }
+}
