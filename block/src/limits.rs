@@ -84,6 +84,14 @@ pub const PEER_FRAME_BYTES_MAX: usize = 4 << 20;
 /// Bytes of one disk write of a stream: bounds how long others wait behind it.
 pub const BATCH_WRITE_BYTES_MAX: usize = 4 << 20;
 
+/// Disk operations of one shard in flight at the kernel: more wait their turn. Deep enough for any
+/// one device queue, and it keeps the completion queue (twice as long) from ever overflowing.
+pub const RING_OPERATIONS_MAX: u32 = 256;
+
+/// Times in a row that the kernel may put off one disk operation (EINTR, EAGAIN) without moving a
+/// byte of it before that is reported as its error.
+pub const RING_PUT_OFF_MAX: u32 = 1000;
+
 /// Changes of the extent map held in memory before they are merged into pages, per pool, in bytes.
 pub const MAP_DELTA_BYTES_MAX: usize = 64 << 20;
 

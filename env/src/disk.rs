@@ -5,7 +5,9 @@
 //! neither cancels the operation nor frees its memory. Offsets, lengths and memory of `read_at`
 //! and `write_at` are whole blocks. A `write_at` that returned `Ok` is on stable storage. One that
 //! failed or never returned may be there whole, in part (any subset of its 512-byte sectors) or
-//! not at all. Concurrent writes of one file may land in any order.
+//! not at all. Concurrent writes of one file may land in any order. Writing or discarding past the
+//! end is an `InvalidInput` error and changes nothing; through a `ReadOnly` open it is
+//! `PermissionDenied`. An operation starts when its future is first polled, or waits for its turn.
 
 use std::future::Future;
 use std::io;

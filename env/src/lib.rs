@@ -8,8 +8,10 @@
 //! directly; time, randomness, disk, network and spawning come from here only.
 
 pub mod clock;
+pub mod conformance;
 pub mod disk;
 pub mod entropy;
+pub mod linux;
 pub mod network;
 pub mod raft_runtime;
 pub mod spawn;

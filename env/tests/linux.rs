@@ -1,0 +1,103 @@
+//! The Linux implementation against the conformance suite and its own promises.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    reason = "prepares and looks at real files"
+)]
+
+use std::io::ErrorKind;
+use std::path::PathBuf;
+
+use ballast_env::conformance;
+use ballast_env::disk::{Disk, OpenMode};
+use ballast_env::linux::{LinuxEnv, LinuxShard};
+use ballast_env::network::{Address, Listener, Network};
+
+/// A folder on the disk of the target directory (`/tmp` may be in memory), gone at the end.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR"))
+            .join(format!("{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        std::fs::remove_dir_all(&self.0).unwrap();
+    }
+}
+
+fn on_a_shard<Fut: Future<Output = ()>>(main: impl FnOnce(LinuxEnv) -> Fut) {
+    LinuxShard::run(main).unwrap();
+}
+
+#[test]
+fn conformance_over_tcp() {
+    let folder = Folder::new("conformance-tcp");
+    let address = Address::Tcp("127.0.0.1:0".parse().unwrap());
+    on_a_shard(async |env| conformance::all(&env, &folder.0, &address).await);
+}
+
+#[test]
+fn conformance_over_unix_sockets() {
+    // A short path: they are limited to 108 bytes.
+    let address = Address::Unix(PathBuf::from(format!("/tmp/ballast-{}.sock", std::process::id())));
+    on_a_shard(async |env| conformance::network::all(&env, &address).await);
+    let Address::Unix(path) = address else { unreachable!() };
+    std::fs::remove_file(path).unwrap();
+}
+
+#[test]
+fn a_socket_in_use_is_not_replaced() {
+    let path = PathBuf::from(format!("/tmp/ballast-used-{}.sock", std::process::id()));
+    let address = Address::Unix(path.clone());
+    on_a_shard(async |env| {
+        let listener = env.listen(&address).await.unwrap();
+        let error = env.listen(&address).await.err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::AddrInUse);
+        let (one, two) = tokio::join!(env.connect(&address), listener.accept());
+        assert!(one.is_ok());
+        assert!(two.unwrap().1.contains(&std::process::id().to_string()));
+    });
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, "not a socket").unwrap();
+    on_a_shard(async |env| {
+        assert_eq!(env.listen(&address).await.err().unwrap().kind(), ErrorKind::AddrInUse);
+    });
+    assert_eq!(std::fs::read(&path).unwrap(), b"not a socket");
+    std::fs::remove_file(&path).unwrap();
+}
+
+#[test]
+fn what_can_not_be_a_pool() {
+    let folder = Folder::new("no-pool");
+    on_a_shard(async |env| {
+        let not_a_file = env.open(&folder.0, OpenMode::ReadOnly).await.err().unwrap();
+        assert_eq!(not_a_file.kind(), ErrorKind::InvalidInput, "{not_a_file}");
+        let terminal = env.open("/dev/null".as_ref(), OpenMode::ReadOnly).await.err().unwrap();
+        assert_eq!(terminal.kind(), ErrorKind::InvalidInput, "{terminal}");
+        let indirect =
+            env.open("/proc/self/stat".as_ref(), OpenMode::ReadOnly).await.err().unwrap();
+        assert_eq!(indirect.kind(), ErrorKind::Unsupported, "{indirect}");
+        let path = folder.0.join("too-large");
+        let large = env.open(&path, OpenMode::CreateNew { size: 1 << 62 }).await.err().unwrap();
+        assert!(large.to_string().contains("can't be allocated"), "{large}");
+        assert!(!path.exists(), "what could not be allocated is removed");
+    });
+}
+
+#[test]
+fn space_of_a_new_file_is_allocated() {
+    use std::os::unix::fs::MetadataExt;
+    let folder = Folder::new("allocated");
+    let path = folder.0.join("pool");
+    on_a_shard(async |env| {
+        let file = env.open(&path, OpenMode::CreateNew { size: 1 << 20 }).await.unwrap();
+        drop(file);
+        assert!(std::fs::metadata(&path).unwrap().blocks() * 512 >= 1 << 20);
+    });
+}
