@@ -1,1 +1,12 @@
-//! To be written.
+//! The whole cluster in one thread from one seed: time, network, disks, crashes, histories.
+//!
+//! Owns the simulated world and the judgement of what happens in it. Runs the production code of
+//! `node` and below as it is, through [`env::SimEnv`]; never patches it and never looks at its
+//! private state where its bytes on a wire or a disk can be looked at instead.
+
+pub mod env;
+pub mod machine;
+mod panics;
+pub mod rng;
+pub mod trace;
+pub mod world;
