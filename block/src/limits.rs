@@ -92,6 +92,58 @@ pub const RING_OPERATIONS_MAX: u32 = 256;
 /// byte of it before that is reported as its error.
 pub const RING_PUT_OFF_MAX: u32 = 1000;
 
+/// Body of one record in a batch header, in bytes: the largest entry header (1536) with room for
+/// the fields of a moved one. Longer control data travels as payload.
+pub const RECORD_BODY_BYTES_MAX: usize = 1664;
+
+/// Replicas with records in one batch: the next header must list them and still have room for the
+/// largest record.
+pub const BATCH_REPLICAS_MAX: usize = 96;
+
+/// Parts of one disk write of a stream: IOV_MAX of Linux.
+pub const BATCH_WRITE_PARTS_MAX: usize = 1024;
+
+/// A stream that has been idle this long, in milliseconds, writes an empty batch: it proves that
+/// the last acknowledged batch was durable, so that damage to it is not taken for a torn write.
+pub const STREAM_SEAL_IDLE_MS: u64 = 100;
+
+/// A disk write that has not returned after this many milliseconds fails the pool. Far beyond
+/// what a healthy disk takes, below what a host waits before it gives the path up.
+pub const DISK_WRITE_OVERDUE_MS: u64 = 20_000;
+
+/// Largest segment, in bytes: amortises the seek of a hard disk and keeps the table small.
+pub const SEGMENT_BYTES_MAX: u64 = 32 << 20;
+
+/// Smallest segment, in bytes: the largest entry with its headers, and as much again.
+pub const SEGMENT_BYTES_MIN: u64 = 2 << 20;
+
+/// Segments that a pool should have at least: cleaning works on a fine enough grain.
+pub const POOL_SEGMENTS_WANTED: u64 = 500;
+
+/// Segments that a pool must have: all reserves, the open segments, and something to use.
+pub const POOL_SEGMENTS_MIN: u64 = 32;
+
+/// Free segments kept for votes, epochs and other control records.
+pub const RESERVE_CONTROL_SEGMENTS: u32 = 2;
+
+/// Free segments kept for a checkpoint (pages and body), as a part of all segments.
+pub const RESERVE_CHECKPOINT_ONE_IN: u32 = 32;
+
+/// The same, at least.
+pub const RESERVE_CHECKPOINT_SEGMENTS_MIN: u32 = 4;
+
+/// Free segments kept for the cleaner: it fills one while it empties several.
+pub const RESERVE_CLEANER_SEGMENTS: u32 = 2;
+
+/// Free segments kept for trim and delete records.
+pub const RESERVE_TRIM_SEGMENTS: u32 = 2;
+
+/// Bytes of one read of the recovery scan: few enough calls, little memory.
+pub const RECOVERY_READ_BYTES: usize = 1 << 20;
+
+/// Body of a vote slot, in bytes: with its header it fits one 512-byte sector, which no disk tears.
+pub const VOTE_SLOT_BODY_BYTES_MAX: usize = 448;
+
 /// Changes of the extent map held in memory before they are merged into pages, per pool, in bytes.
 pub const MAP_DELTA_BYTES_MAX: usize = 64 << 20;
 

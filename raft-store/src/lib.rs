@@ -7,6 +7,8 @@
 
 pub mod entry;
 pub mod log;
+pub mod place;
 pub mod pool;
 pub mod replica;
+pub mod stream;
 pub mod types;
