@@ -29,6 +29,3 @@ pub use validate::{check_volume_name, check_volume_size};
 pub use view::{
     Node, NodeState, Pool, PoolSpace, PoolState, Replica, ReplicaState, Volume, VolumePhase,
 };
-
-#[cfg(test)]
-mod testing;

@@ -75,32 +75,3 @@ impl Reply {
         })
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::error::RefusalCode;
-    use crate::testing::{cluster_of, create};
-
-    #[test]
-    fn replies_survive_the_way() {
-        let mut state = cluster_of(3);
-        let pool = PoolId::from_bytes([7; 16]);
-        let rolled_back =
-            Reply::PoolRolledBack { pool, known: 5, reported: 4, lost: vec![ReplicaId(1000)] };
-        let volume = state.apply(create("a", 1, 3));
-        assert!(matches!(volume, Reply::Volume(_)));
-        for reply in [Reply::Done, volume, rolled_back] {
-            assert_eq!(Reply::decode(&reply.encode()), Ok(reply));
-        }
-    }
-
-    #[test]
-    fn a_refusal_keeps_code_and_words() {
-        let refused = Reply::Refused(Refusal::UnknownPool { pool: PoolId::from_bytes([7; 16]) });
-        let Ok(Reply::Refused(forwarded)) = Reply::decode(&refused.encode()) else { panic!() };
-        let Reply::Refused(original) = refused else { unreachable!() };
-        assert_eq!(forwarded.code(), RefusalCode::NotFound);
-        assert_eq!(forwarded.to_string(), original.to_string());
-    }
-}

@@ -1,0 +1,100 @@
+//! Small clusters for the tests.
+#![allow(dead_code, reason = "each test binary uses some of it")]
+
+use std::collections::BTreeMap;
+
+use ballast_block::{ClusterId, NodeId, PoolId, VolumeId};
+use ballast_cluster::{
+    ClusterState, Command, CreateVolume, NodeBooted, PoolSpace, PoolState, Refusal, RegisterNode,
+    Reply, Volume,
+};
+
+pub const MIB: u64 = 1 << 20;
+pub const CREATED_AT_MS: u64 = 1_700_000_000_000;
+
+pub fn pool_id(number: u8) -> PoolId {
+    PoolId::from_bytes([number; 16])
+}
+
+pub fn volume_id(number: u8) -> VolumeId {
+    VolumeId::from_bytes([number; 16])
+}
+
+pub fn register(node: u32) -> Command {
+    Command::RegisterNode(RegisterNode {
+        node: NodeId(node),
+        name: format!("n{node}"),
+        peer_address: format!("10.0.0.{node}:7100"),
+        labels: BTreeMap::from([("zone".to_owned(), format!("z{node}"))]),
+    })
+}
+
+/// A start of node N with pool N.
+pub fn booted(node: u32, boot_counter: u64, incarnation: u64, capacity_bytes: u64) -> Command {
+    booted_with(node, node as u8, boot_counter, incarnation, capacity_bytes)
+}
+
+pub fn booted_with(
+    node: u32,
+    pool: u8,
+    boot_counter: u64,
+    incarnation: u64,
+    capacity_bytes: u64,
+) -> Command {
+    let space = PoolSpace { capacity_bytes, used_bytes: 0 };
+    let pool = pool_id(pool);
+    Command::NodeBooted(NodeBooted { node: NodeId(node), pool, boot_counter, incarnation, space })
+}
+
+pub fn report(pool: u8, state: PoolState, capacity_bytes: u64, used_bytes: u64) -> Command {
+    let space = PoolSpace { capacity_bytes, used_bytes };
+    Command::ReportPool { pool: pool_id(pool), space, state }
+}
+
+pub fn create(name: &str, id: u8, replicas: u32) -> Command {
+    create_sized(name, id, replicas, 16 * MIB)
+}
+
+pub fn create_sized(name: &str, id: u8, replicas: u32, size_bytes: u64) -> Command {
+    Command::CreateVolume(CreateVolume {
+        volume: volume_id(id),
+        name: name.to_owned(),
+        size_bytes,
+        replicas,
+        created_at_ms: CREATED_AT_MS,
+    })
+}
+
+/// `nodes` nodes, each with one empty pool of 1 GiB.
+pub fn cluster_of(nodes: u32) -> ClusterState {
+    let mut state = ClusterState::new(ClusterId::from_bytes([1; 16]));
+    for node in 1..=nodes {
+        assert_eq!(state.apply(register(node)), Reply::Done);
+        assert_eq!(state.apply(booted(node, 1, u64::from(node), 1 << 30)), Reply::Done);
+    }
+    state
+}
+
+/// Creates a volume, makes its replicas, forms its group.
+pub fn ready_volume(state: &mut ClusterState, name: &str, id: u8, replicas: u32) -> Volume {
+    let volume = created(state.apply(create(name, id, replicas)));
+    for &replica in &volume.replicas {
+        assert_eq!(state.apply(Command::ReplicaReady { replica }), Reply::Done);
+    }
+    assert_eq!(state.apply(Command::FamilyFormed { family: volume.family }), Reply::Done);
+    state.volume(volume.id).expect("it was created").clone()
+}
+
+pub fn created(reply: Reply) -> Volume {
+    match reply {
+        Reply::Volume(volume) => volume,
+        other => panic!("not a volume: {other:?}"),
+    }
+}
+
+pub fn refused(reply: Reply) -> Refusal {
+    match reply {
+        Reply::Refused(refusal) => refusal,
+        other => panic!("not refused: {other:?}"),
+    }
+}

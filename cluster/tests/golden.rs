@@ -1,0 +1,95 @@
+//! The formats, held by files that were written once. A difference is a new format: keep reading
+//! the old one, and add a file.
+
+mod common;
+
+use ballast_block::{FamilyId, ReplicaId};
+use ballast_cluster::{ClusterState, Command, CommandError, PoolState, StateError};
+use common::{booted, booted_with, cluster_of, create, ready_volume, register, report, volume_id};
+
+const COMMANDS: &str = include_str!("golden/commands-v1.txt");
+const STATE: &str = include_str!("golden/state-v1.txt");
+
+fn one_of_each() -> Vec<Command> {
+    vec![
+        register(2),
+        booted(2, 7, 0x1122_3344_5566_7788, 1 << 40),
+        report(2, PoolState::Failed, 1 << 40, 1 << 39),
+        create("pvc-1", 3, 3),
+        Command::ReplicaReady { replica: ReplicaId(1001) },
+        Command::FamilyFormed { family: FamilyId(1) },
+        Command::ResizeVolume { volume: volume_id(3), size_bytes: 1 << 30 },
+        Command::DeleteVolume { volume: volume_id(3) },
+        Command::ReplicaRemoved { replica: ReplicaId(1001) },
+    ]
+}
+
+/// Nodes, pools and replicas in every state, volumes in every phase.
+fn one_of_everything() -> ClusterState {
+    let mut state = cluster_of(3);
+    state.apply(register(4));
+    ready_volume(&mut state, "ready", 1, 3);
+    state.apply(create("creating", 2, 1));
+    let deleting = ready_volume(&mut state, "deleting", 3, 3);
+    state.apply(Command::DeleteVolume { volume: deleting.id });
+    state.apply(Command::ReplicaRemoved { replica: deleting.replicas[0] });
+    state.apply(report(2, PoolState::Lost, 1 << 30, 1 << 20));
+    state.apply(booted_with(3, 33, 1, 9, 1 << 30));
+    state.apply(report(33, PoolState::Failed, 1 << 30, 1 << 10));
+    state
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn unhex(line: &str) -> Vec<u8> {
+    let digit = |at| u8::from_str_radix(&line[at..at + 2], 16).expect("hex digits");
+    (0..line.len()).step_by(2).map(digit).collect()
+}
+
+/// The file as it would be now, for whoever adds a format: printed when a comparison fails.
+fn commands_file() -> String {
+    one_of_each().iter().map(|it| format!("{} {}\n", it.name(), hex(&it.encode()))).collect()
+}
+
+#[test]
+fn commands_v1() {
+    assert_eq!(COMMANDS, commands_file());
+    for (line, command) in COMMANDS.lines().zip(one_of_each()) {
+        let (_, bytes) = line.split_once(' ').expect("name and bytes");
+        assert_eq!(Command::decode(&unhex(bytes)), Ok(command));
+    }
+}
+
+#[test]
+fn state_v1() {
+    let state = one_of_everything();
+    let golden: String = STATE.lines().collect();
+    assert_eq!(golden, hex(&state.encode()));
+    assert_eq!(ClusterState::decode(&unhex(&golden)), Ok(state));
+}
+
+#[test]
+fn damage_is_found() {
+    let bytes = one_of_everything().encode();
+    for at in 0..bytes.len() {
+        let mut damaged = bytes.clone();
+        damaged[at] ^= 0x10;
+        assert!(ClusterState::decode(&damaged).is_err(), "byte {at}");
+    }
+    for length in 0..bytes.len() {
+        assert!(ClusterState::decode(&bytes[..length]).is_err(), "length {length}");
+    }
+    assert_eq!(ClusterState::decode(&[]), Err(StateError::NotAState));
+}
+
+#[test]
+fn what_is_too_new_is_not_skipped() {
+    // min_reader (field 1) = 2, and a kind (field 99) that nobody knows.
+    let newer = [0x08, 2, 0x9a, 0x06, 0];
+    assert_eq!(Command::decode(&newer), Err(CommandError::TooNew { needs: 2 }));
+    let unknown_kind = [0x08, 1, 0x9a, 0x06, 0];
+    assert!(matches!(Command::decode(&unknown_kind), Err(CommandError::Malformed(_))));
+    assert!(matches!(Command::decode(&[]), Err(CommandError::Malformed(_))));
+}

@@ -1,0 +1,152 @@
+//! Registration, starts, rolled-back and lost pools.
+
+mod common;
+
+use ballast_block::{ClusterId, NodeId, ReplicaId};
+use ballast_cluster::{
+    ClusterState, Command, NodeProblem, NodeState, PoolSpace, PoolState, Refusal, RefusalCode,
+    ReplicaState, Reply,
+};
+use common::{
+    booted, cluster_of, create, created, pool_id, ready_volume, refused, register, report,
+};
+
+#[test]
+fn a_node_is_registered_once_and_may_move() {
+    let mut state = ClusterState::new(ClusterId::from_bytes([1; 16]));
+    assert_eq!(state.apply(register(1)), Reply::Done);
+    assert_eq!(state.apply(register(1)), Reply::Done);
+    assert_eq!((state.nodes().count(), state.revision()), (1, 1));
+    assert_eq!(state.node(NodeId(1)).unwrap().state, NodeState::Registered);
+
+    let Command::RegisterNode(mut moved) = register(1) else { unreachable!() };
+    moved.peer_address = "[fd00::7]:7100".to_owned();
+    assert_eq!(state.apply(Command::RegisterNode(moved.clone())), Reply::Done);
+    assert_eq!(state.node(NodeId(1)).unwrap().peer_address, "[fd00::7]:7100");
+
+    moved.name = "other".to_owned();
+    let refusal = refused(state.apply(Command::RegisterNode(moved.clone())));
+    assert!(matches!(refusal, Refusal::NodeDiffers { .. }), "{refusal}");
+    (moved.node, moved.name) = (NodeId(2), "n1".to_owned());
+    let refusal = refused(state.apply(Command::RegisterNode(moved)));
+    assert_eq!(refusal.code(), RefusalCode::AlreadyExists);
+    assert_eq!(refusal.to_string(), "node name \"n1\" belongs to node-1: give node-2 another name");
+}
+
+#[test]
+fn bad_registrations_are_refused() {
+    let mut state = ClusterState::new(ClusterId::from_bytes([1; 16]));
+    let Command::RegisterNode(good) = register(1) else { unreachable!() };
+    let mut problem = |change: &dyn Fn(&mut ballast_cluster::RegisterNode)| {
+        let mut bad = good.clone();
+        change(&mut bad);
+        match refused(state.apply(Command::RegisterNode(bad))) {
+            Refusal::NodeInvalid { problem, .. } => problem,
+            other => panic!("{other}"),
+        }
+    };
+    assert_eq!(problem(&|it| it.node = NodeId(0)), NodeProblem::IdZero);
+    assert_eq!(problem(&|it| it.name = "a/b".to_owned()), NodeProblem::Name);
+    assert_eq!(problem(&|it| it.name = "a..b".to_owned()), NodeProblem::Name);
+    assert_eq!(problem(&|it| it.peer_address = "host".to_owned()), NodeProblem::PeerAddress);
+    let long = "x".repeat(318);
+    let labels = |it: &mut ballast_cluster::RegisterNode| {
+        it.labels.insert("zone".to_owned(), long.clone());
+    };
+    assert_eq!(problem(&labels), NodeProblem::Labels);
+    assert_eq!(state.revision(), 0);
+
+    for node in 1..=5 {
+        assert_eq!(state.apply(register(node)), Reply::Done);
+    }
+    let refusal = refused(state.apply(register(6)));
+    assert_eq!(refusal.code(), RefusalCode::ResourceExhausted);
+}
+
+#[test]
+fn a_newer_start_is_accepted_and_heals_a_failed_pool() {
+    let mut state = cluster_of(1);
+    assert_eq!(state.node(NodeId(1)).unwrap().state, NodeState::Active);
+    assert_eq!(state.apply(report(1, PoolState::Failed, 100, 0)), Reply::Done);
+    assert_eq!(state.apply(booted(1, 2, 77, 1 << 30)), Reply::Done);
+    let pool = state.pool(pool_id(1)).unwrap();
+    assert_eq!((pool.boot_counter, pool.incarnation, pool.state), (2, 77, PoolState::Ok));
+    let unregistered = refused(state.apply(booted(2, 1, 1, 0)));
+    assert_eq!(unregistered, Refusal::UnknownNode { node: NodeId(2) });
+    let zero = refused(state.apply(booted(1, 0, 1, 0)));
+    assert_eq!(zero.code(), RefusalCode::InvalidArgument);
+}
+
+#[test]
+fn a_repeated_report_of_one_start_is_not_a_roll_back() {
+    let mut state = cluster_of(1);
+    assert_eq!(state.apply(booted(1, 2, 77, 1 << 30)), Reply::Done);
+    assert_eq!(state.apply(booted(1, 2, 77, 1 << 30)), Reply::Done);
+    assert_eq!(state.pool(pool_id(1)).unwrap().state, PoolState::Ok);
+}
+
+#[test]
+fn a_counter_that_is_not_newer_loses_the_pool_and_its_replicas() {
+    for (counter, incarnation) in [(3, 78), (2, 78), (1, 77)] {
+        let mut state = cluster_of(3);
+        let volume = ready_volume(&mut state, "a", 1, 3);
+        assert_eq!(state.apply(booted(2, 3, 77, 1 << 30)), Reply::Done);
+        let rolled_back = Reply::PoolRolledBack {
+            pool: pool_id(2),
+            known: 3,
+            reported: counter,
+            lost: vec![ReplicaId(1001)],
+        };
+        assert_eq!(state.apply(booted(2, counter, incarnation, 1 << 30)), rolled_back);
+        let states: Vec<_> = state.replicas_of(volume.family).map(|it| it.state).collect();
+        assert_eq!(states, [ReplicaState::Ready, ReplicaState::Lost, ReplicaState::Ready]);
+        assert_eq!(state.pool(pool_id(2)).unwrap().state, PoolState::Lost);
+
+        // It never comes back: not by a newer start, a report, or its replica's word.
+        let lost = Refusal::PoolLost { pool: pool_id(2) };
+        assert_eq!(refused(state.apply(booted(2, 9, 99, 1 << 30))), lost);
+        assert_eq!(refused(state.apply(report(2, PoolState::Ok, 100, 0))), lost);
+        let ready = Command::ReplicaReady { replica: ReplicaId(1001) };
+        let lost = Refusal::ReplicaLost { replica: ReplicaId(1001) };
+        assert_eq!(refused(state.apply(ready)), lost);
+    }
+}
+
+#[test]
+fn a_pool_stays_on_its_node() {
+    let mut state = cluster_of(2);
+    let Command::NodeBooted(mut moved) = booted(1, 5, 5, 0) else { unreachable!() };
+    moved.node = NodeId(2);
+    let refusal = refused(state.apply(Command::NodeBooted(moved)));
+    assert!(matches!(refusal, Refusal::PoolOnOtherNode { .. }), "{refusal}");
+    assert_eq!(state.pool(pool_id(1)).unwrap().boot_counter, 1);
+}
+
+#[test]
+fn a_pool_declared_lost_confirms_what_was_to_be_removed_there() {
+    let mut state = cluster_of(3);
+    let volume = created(state.apply(create("a", 1, 3)));
+    state.apply(Command::DeleteVolume { volume: volume.id });
+    for replica in [1000, 1002] {
+        let removed = Command::ReplicaRemoved { replica: ReplicaId(replica) };
+        assert_eq!(state.apply(removed), Reply::Done);
+    }
+    assert!(state.volume(volume.id).is_some(), "one pool has not confirmed");
+    assert_eq!(state.apply(report(2, PoolState::Lost, 100, 0)), Reply::Done);
+    assert!(state.volume(volume.id).is_none());
+    assert_eq!(state.replicas().count(), 0);
+}
+
+#[test]
+fn only_a_real_change_of_space_is_worth_a_report() {
+    let known = PoolSpace { capacity_bytes: 6400, used_bytes: 1000 };
+    let worth = |capacity_bytes, used_bytes| {
+        known.worth_reporting(&PoolSpace { capacity_bytes, used_bytes })
+    };
+    assert!(!worth(6400, 1099));
+    assert!(worth(6400, 1100));
+    assert!(worth(6400, 900));
+    assert!(worth(6401, 1000));
+    let nearly_full = PoolSpace { capacity_bytes: 6400, used_bytes: 6390 };
+    assert!(nearly_full.worth_reporting(&PoolSpace { capacity_bytes: 6400, used_bytes: 6400 }));
+}
