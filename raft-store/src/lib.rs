@@ -7,6 +7,7 @@
 
 pub mod entry;
 pub mod log;
+pub mod map;
 pub mod place;
 pub mod pool;
 pub mod replica;
