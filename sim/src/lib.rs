@@ -6,6 +6,7 @@
 
 pub mod env;
 pub mod machine;
+mod os_entropy;
 mod panics;
 pub mod rng;
 pub mod trace;

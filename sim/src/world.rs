@@ -19,9 +19,9 @@ use tokio::time::Instant;
 use crate::env::disk::DiskState;
 use crate::env::network::NetState;
 use crate::machine::{Machine, MachineOptions};
-use crate::panics;
 use crate::rng::Rng;
 use crate::trace::Trace;
+use crate::{os_entropy, panics};
 
 /// A handle to the world; clones share it.
 #[derive(Clone)]
@@ -47,6 +47,7 @@ struct Inner {
 /// A run repeats exactly only when it is the first of its process, because the libraries below
 /// keep random state per process: the `simulate` binary runs each seed in a process of its own.
 pub fn run<T, F: Future<Output = T>>(seed: u64, scenario: impl FnOnce(World) -> F) -> T {
+    os_entropy::seed(seed);
     raft_runtime::seed_thread(seed);
     panics::watch();
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -200,6 +200,17 @@ impl DiskState {
         }
     }
 
+    fn read(&self, content: &Content, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        content.check(offset, into.len(), io::ErrorKind::UnexpectedEof)?;
+        let blocks = offset / BLOCK_SIZE_U64..(offset + into.len() as u64) / BLOCK_SIZE_U64;
+        let unreadable = content.unreadable.borrow().range(blocks).next().is_some();
+        if unreadable || self.rng.chance(self.faults.borrow().read_error_rate) {
+            return Err(input_output_error());
+        }
+        content.copy_out(offset, into);
+        Ok(())
+    }
+
     fn file(&self, path: &Path) -> Option<Rc<Content>> {
         self.files.borrow().get(path).cloned()
     }
@@ -283,20 +294,36 @@ pub(crate) async fn open(env: SimEnv, path: PathBuf, mode: OpenMode) -> io::Resu
         (_, Some(content)) => content,
         (_, None) => return Err(io::Error::new(io::ErrorKind::NotFound, "no such file")),
     };
-    let locks = mode != OpenMode::ReadOnly;
-    if locks && content.locked.replace(true) {
+    let writable = mode != OpenMode::ReadOnly;
+    if writable && content.locked.replace(true) {
         return Err(io::Error::new(io::ErrorKind::WouldBlock, "the file is locked"));
     }
+    let lock = Lock { content, process: env.process().clone(), writable };
     env.world().note(format!("{} open {} {mode:?}", env.node(), path.display()));
-    Ok(SimFile { env, disk, content, locks })
+    Ok(SimFile { env, disk, lock: Rc::new(lock) })
 }
 
 /// An open file.
 pub struct SimFile {
     env: SimEnv,
     disk: Rc<DiskState>,
+    lock: Rc<Lock>,
+}
+
+/// Held by the open file and by its operations in flight, as a kernel does.
+struct Lock {
     content: Rc<Content>,
-    locks: bool,
+    process: Rc<Process>,
+    writable: bool,
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // A dead process gave its locks back when it died, and the next may hold them by now.
+        if self.writable && self.process.is_alive() {
+            self.content.locked.set(false);
+        }
+    }
 }
 
 impl SimFile {
@@ -306,14 +333,13 @@ impl SimFile {
         effect: impl FnOnce(&World, &DiskState, &Content) -> T + 'static,
     ) -> impl Future<Output = T> + 'static {
         let (sender, receiver) = oneshot::channel();
-        let process: Rc<Process> = self.env.process().clone();
-        let (disk, content) = (self.disk.clone(), self.content.clone());
-        if process.is_alive() {
+        let (disk, lock) = (self.disk.clone(), self.lock.clone());
+        if lock.process.is_alive() {
             let latency = disk.latency_ms(self.env.world());
             self.env.world().after_ms(latency, move |world| {
-                if process.is_alive() {
+                if lock.process.is_alive() {
                     // The caller may have dropped its future: the effect stands all the same.
-                    let _ = sender.send(effect(world, &disk, &content));
+                    let _ = sender.send(effect(world, &disk, &lock.content));
                 }
             });
         }
@@ -328,7 +354,7 @@ impl SimFile {
 
 impl File for SimFile {
     fn size(&self) -> u64 {
-        self.content.size
+        self.lock.content.size
     }
 
     fn read_at(
@@ -337,18 +363,7 @@ impl File for SimFile {
         mut buffer: AlignedBuf,
     ) -> impl Future<Output = (io::Result<()>, AlignedBuf)> + 'static {
         self.complete(move |_, disk, content| {
-            let outcome = content.check(offset, buffer.len(), io::ErrorKind::UnexpectedEof);
-            let blocks = offset / BLOCK_SIZE_U64..(offset + buffer.len() as u64) / BLOCK_SIZE_U64;
-            let failed = disk.rng.chance(disk.faults.borrow().read_error_rate)
-                || content.unreadable.borrow().range(blocks).next().is_some();
-            let outcome = match outcome {
-                Ok(()) if failed => Err(input_output_error()),
-                Ok(()) => {
-                    content.copy_out(offset, &mut buffer);
-                    Ok(())
-                }
-                Err(error) => Err(error),
-            };
+            let outcome = disk.read(content, offset, &mut buffer);
             (outcome, buffer)
         })
     }
@@ -358,9 +373,10 @@ impl File for SimFile {
         offset: u64,
         parts: Vec<Bytes>,
     ) -> impl Future<Output = io::Result<()>> + 'static {
-        let number = self.content.numbered.replace(self.content.numbered.get() + 1);
+        let content = &self.lock.content;
+        let number = content.numbered.replace(content.numbered.get() + 1);
         let length = length_of(&parts);
-        let mut checked = self.content.check(offset, length, io::ErrorKind::InvalidInput);
+        let mut checked = content.check(offset, length, io::ErrorKind::InvalidInput);
         let misaligned = |part: &Bytes| {
             !part.len().is_multiple_of(BLOCK_SIZE)
                 || !part.is_empty() && !part.as_ptr().addr().is_multiple_of(BLOCK_SIZE)
@@ -368,11 +384,11 @@ impl File for SimFile {
         if parts.iter().any(misaligned) {
             checked = Err(io::Error::new(io::ErrorKind::InvalidInput, "memory is not aligned"));
         }
-        if !self.locks {
-            checked = Err(io::Error::new(io::ErrorKind::PermissionDenied, "opened read-only"));
+        if !self.lock.writable {
+            checked = Err(opened_read_only());
         }
         if checked.is_ok() && self.env.process().is_alive() {
-            self.content.in_flight.borrow_mut().insert(number, (offset, parts));
+            content.in_flight.borrow_mut().insert(number, (offset, parts));
             self.env.process().count_effect();
         }
         let node = self.disk.node;
@@ -393,7 +409,11 @@ impl File for SimFile {
     }
 
     fn discard(&self, offset: u64, length: u64) -> impl Future<Output = io::Result<()>> + 'static {
+        let writable = self.lock.writable;
         self.complete(move |_, disk, content| {
+            if !writable {
+                return Err(opened_read_only());
+            }
             let length = usize::try_from(length).map_err(io::Error::other)?;
             content.check(offset, length, io::ErrorKind::InvalidInput)?;
             let range = offset / BLOCK_SIZE_U64..(offset + length as u64) / BLOCK_SIZE_U64;
@@ -409,17 +429,12 @@ impl File for SimFile {
     }
 }
 
-impl Drop for SimFile {
-    fn drop(&mut self) {
-        // A dead process gave its locks back when it died, and the next may hold them by now.
-        if self.locks && self.env.process().is_alive() {
-            self.content.locked.set(false);
-        }
-    }
-}
-
 fn length_of(parts: &[Bytes]) -> usize {
     parts.iter().map(Bytes::len).sum()
+}
+
+fn opened_read_only() -> io::Error {
+    io::Error::new(io::ErrorKind::PermissionDenied, "opened read-only")
 }
 
 fn input_output_error() -> io::Error {
