@@ -8,8 +8,9 @@ use ballast_tidy::{SourceFile, files, functions, mask, rust_files, words};
 const FILE_LINES: usize = 600;
 /// Lines in one function, signature and braces included.
 const FUNCTION_LINES: usize = 70;
-/// Where `unsafe` may stand: aligned buffers, and the outside world.
-const UNSAFE_PLACES: [&str; 2] = ["block/src/buffer.rs", "env/src/"];
+/// Where `unsafe` may stand: aligned buffers, the outside world, and the simulator's replacement of
+/// a C function.
+const UNSAFE_PLACES: [&str; 3] = ["block/src/buffer.rs", "env/src/", "sim/src/os_entropy.rs"];
 
 fn assert_none(rule: &str, findings: Vec<String>) {
     assert!(findings.is_empty(), "{rule}:\n  {}\n", findings.join("\n  "));
@@ -58,7 +59,7 @@ fn unsafe_stays_in_its_places() {
         let lines = words(&masked, "unsafe").map(|o| masked[..o].matches('\n').count() + 1);
         findings.extend(lines.map(|line| format!("{}:{line}", file.path)));
     }
-    assert_none("unsafe belongs into block/src/buffer.rs and env/src", findings);
+    assert_none("unsafe belongs into block/src/buffer.rs, env/src and sim/src/os_entropy.rs", findings);
 }
 
 #[test]
