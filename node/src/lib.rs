@@ -1,1 +1,3 @@
-//! To be written.
+//! A storage node as a library, generic over its environment.
+
+pub mod peers;
