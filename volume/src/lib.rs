@@ -1,1 +1,17 @@
-//! To be written.
+//! A family at work: admission, propose, apply, read gate, attachments.
+//!
+//! Steps 3 (admission), 4 (propose) and 7 (apply's decision) of a write, and the whole of a read
+//! but its disk access. Knows no socket and no peer: the node brings the network.
+
+pub mod command;
+pub mod family;
+pub mod group;
+pub mod locks;
+pub mod machine;
+pub mod read;
+pub mod read_gate;
+pub mod retention;
+pub mod snapshot;
+pub mod split;
+pub mod state;
+pub mod write;

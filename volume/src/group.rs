@@ -1,0 +1,353 @@
+//! One Raft group on this node: settings, start, propose, leadership.
+//!
+//! Step 4 of a write. Both the cluster group and every family is a `Group`; what differs is the
+//! machine. Owns the rules that openraft leaves to its user: no leader restore (hazard F1), no vote
+//! in the first lease of a process (hazard F4), no vote of a suspect (hazard F6).
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ballast_block::{FamilyId, NodeId, ReplicaId};
+use ballast_env::Env;
+use ballast_env::clock::Instant;
+use ballast_env::spawn::OwnedTask;
+use ballast_raft_store::entry::Command;
+use ballast_raft_store::replica::{Health, Replica};
+use ballast_raft_store::types::{ApplyReply, LogId, Member, TypeConfig, term_of};
+use openraft::async_runtime::WatchReceiver;
+use openraft::errors::{ClientWriteError, ForwardReason, InitializeError, RaftError};
+use openraft::impls::ProgressResponder;
+use openraft::network::NetSnapshot;
+use openraft::{Config, Raft, RaftNetworkFactory, SnapshotPolicy};
+use thiserror::Error;
+use tokio::sync::watch;
+
+use crate::machine::{DecodeStateError, Machine, StateMachine};
+use crate::read_gate::ReadGate;
+use crate::snapshot::{Checkpoint, GroupSnapshot};
+
+/// A Raft handle of a group.
+pub type GroupRaft<E> = Raft<TypeConfig, StateMachine<E>>;
+
+/// Raft's times and sizes, the same for every member of a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RaftSettings {
+    /// Time between heartbeats of an idle leader.
+    pub heartbeat: Duration,
+    /// Least time without a leader before a follower campaigns.
+    pub election_min: Duration,
+    /// Most; also the leader's lease.
+    pub election_max: Duration,
+}
+
+impl Default for RaftSettings {
+    /// A failed leader is replaced within two seconds; a heartbeat may be lost without notice.
+    fn default() -> Self {
+        Self {
+            heartbeat: Duration::from_millis(200),
+            election_min: Duration::from_millis(700),
+            election_max: Duration::from_millis(1000),
+        }
+    }
+}
+
+/// Longest time that a resync by difference may take before openraft calls it failed, in ms.
+const RESYNC_MS_MAX: u64 = 6 * 3600 * 1000;
+
+impl RaftSettings {
+    fn config(&self, family: FamilyId) -> Arc<Config> {
+        let ms = |duration: Duration| u64::try_from(duration.as_millis()).expect("short");
+        let config = Config {
+            cluster_name: family.to_string(),
+            heartbeat_interval: ms(self.heartbeat),
+            election_timeout_min: ms(self.election_min),
+            election_timeout_max: ms(self.election_max),
+            install_snapshot_timeout: RESYNC_MS_MAX,
+            // Retention is ours, by bytes (hazard F8): openraft neither builds nor purges by itself.
+            snapshot_policy: SnapshotPolicy::Never,
+            max_in_snapshot_log_to_keep: u64::MAX,
+            replication_lag_threshold: u64::MAX,
+            enable_elect: false,
+            enable_pre_vote: Some(true),
+            enable_leader_restore: Some(false),
+            allow_log_reversion: Some(false),
+            ..Config::default()
+        };
+        let config = config.validate().expect("settings are consistent");
+        assert_eq!(config.enable_leader_restore, Some(false), "hazard F1");
+        Arc::new(config)
+    }
+}
+
+/// A group could not be started.
+#[derive(Debug, Error)]
+pub enum StartGroupError {
+    /// Its state can't be read.
+    #[error("can't start {family}: {problem}")]
+    StateUnreadable {
+        /// The group.
+        family: FamilyId,
+        /// What is wrong with it.
+        problem: DecodeStateError,
+    },
+    /// openraft refused its storage.
+    #[error("can't start {family}: {problem}")]
+    RaftRefused {
+        /// The group.
+        family: FamilyId,
+        /// What openraft said.
+        problem: String,
+    },
+}
+
+/// A proposal that has no result here.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum ProposeError {
+    /// Another replica leads, or none; the outcome of what was proposed is unknown.
+    #[error("this replica does not lead")]
+    NotLeader {
+        /// The node to ask next, if it is known.
+        hint: Option<NodeId>,
+    },
+    /// The group has stopped on this node.
+    #[error("the group has stopped on this node")]
+    Stopped,
+}
+
+/// One member of a Raft group. Clones share it.
+pub struct Group<E: Env> {
+    inner: Rc<Inner<E>>,
+}
+
+impl<E: Env> Clone for Group<E> {
+    fn clone(&self) -> Self {
+        Self { inner: self.inner.clone() }
+    }
+}
+
+struct Inner<E: Env> {
+    env: E,
+    raft: GroupRaft<E>,
+    replica: Replica<E>,
+    settings: RaftSettings,
+    gate: ReadGate<E>,
+    applied: Rc<watch::Sender<Option<LogId>>>,
+    /// Until then this process neither votes nor campaigns (hazard F4a).
+    quiet_until: Instant,
+    _tasks: RefCell<Vec<OwnedTask>>,
+}
+
+impl<E: Env> Group<E> {
+    /// Starts the member `replica` of its group.
+    ///
+    /// # Errors
+    /// [`StartGroupError`].
+    pub async fn start<M, N>(
+        env: E,
+        replica: Replica<E>,
+        machine: Rc<RefCell<M>>,
+        network: N,
+        settings: RaftSettings,
+        checkpoint: Checkpoint,
+    ) -> Result<Self, StartGroupError>
+    where
+        M: Machine,
+        N: RaftNetworkFactory<TypeConfig>,
+        N::Network: NetSnapshot<TypeConfig, SnapshotData = GroupSnapshot<E>>,
+    {
+        let family = replica.family();
+        let applied = Rc::new(watch::Sender::new(None));
+        let machine = StateMachine::new(replica.clone(), machine, applied.clone(), checkpoint)
+            .map_err(|problem| StartGroupError::StateUnreadable { family, problem })?;
+        let refused = |problem: String| StartGroupError::RaftRefused { family, problem };
+        let fresh = is_fresh(&replica).await.map_err(|error| refused(error.to_string()))?;
+        let config = settings.config(family);
+        let raft = Raft::new(replica.id().0, config, network, replica.log(), machine)
+            .await
+            .map_err(|error| refused(error.to_string()))?;
+        let start = env.now();
+        // A replica without a vote has never granted a lease: it need not wait one out.
+        let quiet_until = if fresh { start } else { start.after(settings.election_max) };
+        let gate = ReadGate::new(env.clone(), raft.clone(), replica.clone(), settings.election_max);
+        let inner = Inner {
+            env,
+            raft,
+            replica,
+            settings,
+            gate,
+            applied,
+            quiet_until,
+            _tasks: RefCell::default(),
+        };
+        let group = Self { inner: Rc::new(inner) };
+        let task = group.inner.env.spawn(guard_elections(Rc::downgrade(&group.inner)));
+        group.inner._tasks.borrow_mut().push(OwnedTask(task));
+        Ok(group)
+    }
+
+    /// openraft's handle.
+    pub fn raft(&self) -> &GroupRaft<E> {
+        &self.inner.raft
+    }
+
+    /// The replica.
+    pub fn replica(&self) -> &Replica<E> {
+        &self.inner.replica
+    }
+
+    /// The read gate.
+    pub fn gate(&self) -> &ReadGate<E> {
+        &self.inner.gate
+    }
+
+    /// Raft's times.
+    pub fn settings(&self) -> &RaftSettings {
+        &self.inner.settings
+    }
+
+    /// Follows what is applied here.
+    pub fn applied(&self) -> watch::Receiver<Option<LogId>> {
+        self.inner.applied.subscribe()
+    }
+
+    /// Whether this replica may answer a vote request now; a transfer called by the leader itself
+    /// does not wait out the first lease.
+    pub fn may_vote(&self, transfer: bool) -> bool {
+        let quiet = self.inner.env.now() < self.inner.quiet_until && !transfer;
+        !quiet && self.inner.replica.health() == Health::Good
+    }
+
+    /// Whether this replica may take entries from a leader of `term`: a suspect waits for a newer
+    /// one than it ever acknowledged to (hazard F6).
+    pub fn may_acknowledge(&self, term: u64) -> bool {
+        match self.inner.replica.health() {
+            Health::Good => true,
+            Health::Suspect { vote_lost, term: known } => !vote_lost && term > known,
+        }
+    }
+
+    /// Notes how far a leader of `term` has committed: a suspect that has caught up is cleared.
+    pub fn note_commit(&self, term: u64, commit: u64) {
+        if self.inner.replica.health() != Health::Good
+            && self.inner.replica.clear_suspect(term, commit).is_ok()
+        {
+            tracing::warn!(replica = %self.inner.replica.id(), term, "suspect replica caught up");
+        }
+    }
+
+    /// Makes the group of these members; harmless when it is made already.
+    ///
+    /// # Errors
+    /// [`ProposeError::Stopped`].
+    pub async fn initialize(&self, members: BTreeMap<u64, Member>) -> Result<(), ProposeError> {
+        match self.inner.raft.initialize(members).await {
+            Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => Ok(()),
+            Err(error) => {
+                tracing::error!(family = %self.inner.replica.family(), %error, "can't form group");
+                Err(ProposeError::Stopped)
+            }
+        }
+    }
+
+    /// The term in which this replica leads, as far as it knows.
+    pub fn leading_term(&self) -> Option<u64> {
+        self.inner.raft.as_leader().ok().map(|leader| leader.term())
+    }
+
+    /// The node of the leader, as far as this replica knows.
+    pub fn leader_node(&self) -> Option<NodeId> {
+        let metrics = self.inner.raft.server_metrics();
+        let metrics = metrics.borrow_watched();
+        let leader = metrics.current_leader?;
+        metrics.membership_config.membership().get_node(&leader).map(|member| member.node)
+    }
+
+    /// Proposes `command` and waits until it is applied here. With `term`, only if this replica
+    /// still leads in exactly that term when the entry is made.
+    ///
+    /// # Errors
+    /// [`ProposeError`].
+    pub async fn propose(
+        &self,
+        command: Command,
+        term: Option<u64>,
+    ) -> Result<(LogId, ApplyReply), ProposeError> {
+        let (responder, result) = ProgressResponder::complete_only();
+        let mut request = self.inner.raft.write(command).responder(responder);
+        if let Some(term) = term {
+            request = request.with_leader(ballast_raft_store::types::log_id(term, 0).leader_id);
+        }
+        request.await.map_err(|_| ProposeError::Stopped)?;
+        match result.await {
+            Ok(Ok(done)) => Ok((done.log_id, done.data)),
+            Ok(Err(ClientWriteError::ForwardToLeader(forward))) => {
+                let hint = match forward.reason {
+                    ForwardReason::LeaseExpired => None,
+                    _ => forward.leader_node.map(|member| member.node),
+                };
+                Err(ProposeError::NotLeader { hint })
+            }
+            // Discarded, refused for another term, or forgotten by a core that stepped down: it may
+            // still commit under the next leader.
+            Ok(Err(_)) | Err(_) => Err(ProposeError::NotLeader { hint: None }),
+        }
+    }
+
+    /// Hands leadership to another member. Shuts the read gate for the rest of the term first.
+    ///
+    /// # Errors
+    /// [`ProposeError`].
+    pub async fn transfer(&self, to: ReplicaId) -> Result<(), ProposeError> {
+        let term = self.leading_term().ok_or(ProposeError::NotLeader { hint: None })?;
+        self.inner.gate.shut(term);
+        self.inner.raft.trigger().transfer_leader(to.0).await.map_err(|_| ProposeError::Stopped)
+    }
+
+    /// Stops the member; its replica stays on disk.
+    pub async fn stop(&self) {
+        self.inner._tasks.borrow_mut().clear();
+        if let Err(error) = self.inner.raft.shutdown().await {
+            tracing::error!(family = %self.inner.replica.family(), %error, "group ended badly");
+        }
+    }
+
+    /// The last entry applied, as (term, index).
+    pub fn applied_id(&self) -> Option<(u64, u64)> {
+        self.inner.replica.applied().map(|id| (term_of(&id), id.index))
+    }
+}
+
+async fn is_fresh<E: Env>(replica: &Replica<E>) -> std::io::Result<bool> {
+    use openraft::storage::{RaftLogReader, RaftLogStorage};
+    let mut log = replica.log();
+    let state = log.get_log_state().await?;
+    Ok(log.read_vote().await?.is_none() && state.last_log_id.is_none())
+}
+
+/// Lets the replica campaign when it may: after its first lease, and only while it is good.
+async fn guard_elections<E: Env>(group: std::rc::Weak<Inner<E>>) {
+    let mut enabled = false;
+    loop {
+        let (env, pause) = {
+            let Some(group) = group.upgrade() else { return };
+            let now = group.env.now();
+            let good = group.replica.health() == Health::Good;
+            let may = good && now >= group.quiet_until;
+            if may != enabled {
+                enabled = may;
+                group.raft.runtime_config().elect(may);
+            }
+            let left = group.quiet_until.since(now);
+            let pause = if left.is_zero() { group.settings.election_max } else { left };
+            (group.env.clone(), pause)
+        };
+        if enabled {
+            // Health only turns from suspect to good while a pool is open.
+            return;
+        }
+        env.sleep(pause).await;
+    }
+}

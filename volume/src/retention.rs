@@ -1,0 +1,46 @@
+//! How much of the log is kept for followers that lag: by bytes (hazard F8).
+//!
+//! openraft counts entries; it neither builds nor purges by itself here. Over the bound the pool
+//! makes a checkpoint, then the log is purged up to what it covers.
+
+use std::time::Duration;
+
+use ballast_env::Env;
+use openraft::async_runtime::WatchReceiver;
+
+use crate::group::Group;
+
+/// How long a purge waits for its checkpoint before it is tried again.
+const CHECKPOINT_WAIT_MAX: Duration = Duration::from_secs(30);
+
+impl<E: Env> Group<E> {
+    /// Purges the log down to about `keep` bytes, if it holds more. Answers whether it did.
+    pub async fn trim_log(&self, env: &E, keep: u64) -> bool {
+        let replica = self.replica();
+        if replica.retained_bytes() <= keep {
+            return false;
+        }
+        let Some(target) = replica.purge_target(keep) else { return false };
+        let raft = self.raft();
+        if raft.trigger().snapshot().await.is_err() {
+            return false;
+        }
+        let covered = async {
+            let mut metrics = raft.metrics();
+            loop {
+                if metrics.borrow_watched().snapshot.is_some_and(|id| id.index >= target.index) {
+                    return true;
+                }
+                if metrics.changed().await.is_err() {
+                    return false;
+                }
+            }
+        };
+        let covered = tokio::select! {
+            biased;
+            covered = covered => covered,
+            () = env.sleep(CHECKPOINT_WAIT_MAX) => false,
+        };
+        covered && raft.trigger().purge_log(target.index).await.is_ok()
+    }
+}
