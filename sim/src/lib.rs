@@ -6,6 +6,7 @@
 
 pub mod env;
 pub mod machine;
+pub mod oracle;
 mod os_entropy;
 mod panics;
 pub mod rng;

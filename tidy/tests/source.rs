@@ -59,7 +59,10 @@ fn unsafe_stays_in_its_places() {
         let lines = words(&masked, "unsafe").map(|o| masked[..o].matches('\n').count() + 1);
         findings.extend(lines.map(|line| format!("{}:{line}", file.path)));
     }
-    assert_none("unsafe belongs into block/src/buffer.rs, env/src and sim/src/os_entropy.rs", findings);
+    assert_none(
+        "unsafe belongs into block/src/buffer.rs, env/src and sim/src/os_entropy.rs",
+        findings,
+    );
 }
 
 #[test]

@@ -1,0 +1,323 @@
+//! The judge of what hosts see: guarantees **linearizable** and **atomic-write**.
+//!
+//! Hosts tell it when an operation begins and how it ends; it keeps the history of every block and
+//! finds whether some order of all operations explains it. What it knows of a write:
+//! - answered: it is in effect from then on, until a later write;
+//! - failed or without answer: it may have happened at any time from its begin, or never; once it
+//!   was seen it stays. A host that repeats it does a second write;
+//! - refused (no space, fenced: the status says that nothing was done): nobody may ever see it.
+//!
+//! A write is one moment for all its blocks, and so is a read. Times are numbers that only order
+//! begins and ends, drawn in the order of true time.
+
+pub mod stamp;
+mod zones;
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+
+use ballast_block::BlockRange;
+use thiserror::Error;
+
+use crate::oracle::zones::{BlockRead, BlockWrite, Wrong};
+
+/// One write of a host; the value of its blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WriteId(pub u64);
+
+/// One read of a host in progress.
+#[derive(Clone, Copy, Debug)]
+pub struct ReadToken {
+    volume: u64,
+    range: BlockRange,
+    began: u64,
+}
+
+impl ReadToken {
+    /// What is being read.
+    pub fn range(&self) -> BlockRange {
+        self.range
+    }
+}
+
+/// The contents of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Value {
+    /// Zeroes: never written, trimmed, or written so.
+    Zero,
+    /// The stamp of a write.
+    Written(WriteId),
+}
+
+/// How a write ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Success was reported.
+    Done,
+    /// An error or no answer: it may have happened, and may yet.
+    Unknown,
+    /// An error that says that nothing happened and nothing will.
+    Refused,
+}
+
+/// A guarantee was broken.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum Violation {
+    /// A block's contents come from no write: **checked**.
+    #[error("volume {volume} block {block}: a read returned bytes that no write made")]
+    Garbage {
+        /// The volume.
+        volume: u64,
+        /// The block.
+        block: u64,
+    },
+    /// A read returned a write that had not begun, or not there.
+    #[error("volume {volume} block {block}: {write:?} was read and never written there by then")]
+    Ghost {
+        /// The volume.
+        volume: u64,
+        /// The block.
+        block: u64,
+        /// What was read.
+        write: WriteId,
+    },
+    /// A read returned a write that the host was told had not happened.
+    #[error("volume {volume} block {block}: {write:?} was refused and is there")]
+    Refused {
+        /// The volume.
+        volume: u64,
+        /// The block.
+        block: u64,
+        /// What was read.
+        write: WriteId,
+    },
+    /// A read returned something older than what surely was in effect: **linearizable**.
+    #[error(
+        "volume {volume} block {block}: {old:?} was seen although {newer:?} was in effect between"
+    )]
+    Stale {
+        /// The volume.
+        volume: u64,
+        /// The block.
+        block: u64,
+        /// What was read; `None` for zeroes.
+        old: Option<WriteId>,
+        /// What should have been, or something later.
+        newer: WriteId,
+    },
+    /// A read saw a part of a write only: **atomic-write**.
+    #[error("volume {volume}: a read saw {write:?} in one block and older data in block {block}")]
+    Torn {
+        /// The volume.
+        volume: u64,
+        /// The block that was older.
+        block: u64,
+        /// The write that was seen in part.
+        write: WriteId,
+    },
+}
+
+/// The histories of all volumes.
+#[derive(Default)]
+pub struct Oracle {
+    time: Cell<u64>,
+    writes: RefCell<Vec<Write>>,
+    blocks: RefCell<BTreeMap<(u64, u64), Block>>,
+}
+
+struct Write {
+    volume: u64,
+    range: BlockRange,
+    zeroes: bool,
+    began: u64,
+    in_effect: u64,
+    refused: bool,
+}
+
+#[derive(Default)]
+struct Block {
+    writes: Vec<WriteId>,
+    reads: Vec<BlockRead>,
+}
+
+impl Oracle {
+    fn next_time(&self) -> u64 {
+        let time = self.time.get() + 1;
+        self.time.set(time);
+        time
+    }
+
+    /// A host begins to write `range` of `volume`; with zeroes, or with the stamps of the id.
+    pub fn write_begins(&self, volume: u64, range: BlockRange, zeroes: bool) -> WriteId {
+        let began = self.next_time();
+        let mut writes = self.writes.borrow_mut();
+        // Id 0 stays free, so that a block of zeroes is no stamp.
+        let id = WriteId(writes.len() as u64 + 1);
+        writes.push(Write { volume, range, zeroes, began, in_effect: u64::MAX, refused: false });
+        let mut blocks = self.blocks.borrow_mut();
+        for block in range.start..range.end() {
+            blocks.entry((volume, block)).or_default().writes.push(id);
+        }
+        id
+    }
+
+    /// The write `id` ended.
+    pub fn write_ends(&self, id: WriteId, outcome: Outcome) {
+        let ended = self.next_time();
+        let mut writes = self.writes.borrow_mut();
+        let write = &mut writes[(id.0 - 1) as usize];
+        match outcome {
+            Outcome::Done => write.in_effect = write.in_effect.min(ended),
+            Outcome::Unknown => {}
+            Outcome::Refused => write.refused = true,
+        }
+    }
+
+    /// A host begins to read.
+    pub fn read_begins(&self, volume: u64, range: BlockRange) -> ReadToken {
+        ReadToken { volume, range, began: self.next_time() }
+    }
+
+    /// The read returned `bytes`. A read that failed is simply never told.
+    ///
+    /// # Errors
+    /// The guarantee that the history now breaks.
+    pub fn read_ends(&self, read: ReadToken, bytes: &[u8]) -> Result<(), Violation> {
+        let mut values = Vec::with_capacity(read.range.count as usize);
+        for (block, bytes) in (read.range.start..).zip(bytes.chunks(4096)) {
+            let value = stamp::recognise(read.volume, block, bytes);
+            values.push(value.ok_or(Violation::Garbage { volume: read.volume, block })?);
+        }
+        assert_eq!(values.len(), read.range.count as usize, "a read returns what was asked for");
+        self.read_ends_with(read, &values)
+    }
+
+    /// As [`Oracle::read_ends`], with the blocks' contents recognised already.
+    ///
+    /// # Errors
+    /// The guarantee that the history now breaks.
+    pub fn read_ends_with(&self, read: ReadToken, values: &[Value]) -> Result<(), Violation> {
+        let ended = self.next_time();
+        let seen = || (read.range.start..).zip(values.iter().copied());
+        for (block, value) in seen() {
+            let saw = match value {
+                Value::Zero => None,
+                Value::Written(id) => {
+                    self.observe(read.volume, block, id, ended)?;
+                    Some(id)
+                }
+            };
+            let entry = BlockRead { saw, began: read.began, ended };
+            let mut blocks = self.blocks.borrow_mut();
+            blocks.entry((read.volume, block)).or_default().reads.push(entry);
+        }
+        for (block, value) in seen() {
+            if let Value::Written(id) = value {
+                self.check_whole(read.volume, id, block, seen())?;
+            }
+            self.check_block(read.volume, block)?;
+        }
+        Ok(())
+    }
+
+    /// Checks every block once more: what an unknown write did may show only in later reads.
+    ///
+    /// # Errors
+    /// The first guarantee found broken.
+    pub fn check_all(&self) -> Result<(), Violation> {
+        let all: Vec<(u64, u64)> = self.blocks.borrow().keys().copied().collect();
+        all.into_iter().try_for_each(|(volume, block)| self.check_block(volume, block))
+    }
+
+    /// Blocks of `volume` that were ever written, in runs of at most `longest` blocks.
+    pub fn written(&self, volume: u64, longest: u32) -> Vec<BlockRange> {
+        let mut runs: Vec<BlockRange> = Vec::new();
+        for (_, block) in self.blocks.borrow().range((volume, 0)..=(volume, u64::MAX)).map(|e| e.0)
+        {
+            match runs.last_mut() {
+                Some(run) if run.end() == *block && run.count < longest => run.count += 1,
+                _ => runs.push(BlockRange::new(*block, 1)),
+            }
+        }
+        runs
+    }
+
+    /// `id` was seen in one block: it is in effect in all of its blocks.
+    fn observe(&self, volume: u64, block: u64, id: WriteId, at: u64) -> Result<(), Violation> {
+        let ghost = Violation::Ghost { volume, block, write: id };
+        let mut writes = self.writes.borrow_mut();
+        let index = id.0.checked_sub(1).ok_or_else(|| ghost.clone())?;
+        let write = writes.get_mut(index as usize).ok_or_else(|| ghost.clone())?;
+        let there =
+            write.volume == volume && (write.range.start..write.range.end()).contains(&block);
+        if !there || write.zeroes {
+            return Err(ghost);
+        }
+        if write.refused {
+            return Err(Violation::Refused { volume, block, write: id });
+        }
+        write.in_effect = write.in_effect.min(at);
+        Ok(())
+    }
+
+    /// One read that saw `id` in a block saw nothing in its other blocks that surely was older.
+    fn check_whole(
+        &self,
+        volume: u64,
+        id: WriteId,
+        seen_in: u64,
+        seen: impl Iterator<Item = (u64, Value)>,
+    ) -> Result<(), Violation> {
+        let writes = self.writes.borrow();
+        let write = &writes[(id.0 - 1) as usize];
+        for (block, value) in seen {
+            let inside = (write.range.start..write.range.end()).contains(&block);
+            if !inside || block == seen_in || value == Value::Written(id) {
+                continue;
+            }
+            let older = match value {
+                Value::Written(other) => writes[(other.0 - 1) as usize].in_effect < write.began,
+                Value::Zero => !self.zeroes_may_follow(&writes, volume, block, write.began),
+            };
+            if older {
+                return Err(Violation::Torn { volume, block, write: id });
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a write of zeroes to `block` may have taken effect after `time`.
+    fn zeroes_may_follow(&self, writes: &[Write], volume: u64, block: u64, time: u64) -> bool {
+        let blocks = self.blocks.borrow();
+        let Some(history) = blocks.get(&(volume, block)) else { return false };
+        history.writes.iter().any(|id| {
+            let write = &writes[(id.0 - 1) as usize];
+            write.zeroes && !write.refused && write.in_effect > time
+        })
+    }
+
+    fn check_block(&self, volume: u64, block: u64) -> Result<(), Violation> {
+        let blocks = self.blocks.borrow();
+        let Some(history) = blocks.get(&(volume, block)) else { return Ok(()) };
+        let all = self.writes.borrow();
+        let of_block = |id: &WriteId| {
+            let write = &all[(id.0 - 1) as usize];
+            BlockWrite {
+                id: *id,
+                zeroes: write.zeroes,
+                began: write.began,
+                in_effect: write.in_effect,
+                refused: write.refused,
+            }
+        };
+        let writes: Vec<BlockWrite> = history.writes.iter().map(of_block).collect();
+        zones::check(&writes, &history.reads).map_err(|wrong| match wrong {
+            Wrong::NeverWritten(write) => Violation::Ghost { volume, block, write },
+            Wrong::WasRefused(write) => Violation::Refused { volume, block, write },
+            Wrong::Stale { old, newer } => {
+                Violation::Stale { volume, block, old: Some(old), newer }
+            }
+            Wrong::StaleZeroes { newer } => Violation::Stale { volume, block, old: None, newer },
+        })
+    }
+}
