@@ -10,13 +10,13 @@ use ballast_block::limits::{
 };
 use bytes::{BufMut, BytesMut};
 
+use crate::error::SessionError;
 use crate::export::{
     ExportInfo, ExportName, ListExportsError, OpenExport, OpenExportError, Purpose,
 };
 use crate::input::Input;
 use crate::io_command::Negotiated;
 use crate::reply::{ReplyQueue, clipped};
-use crate::session::SessionError;
 use crate::wire::{
     self, ALLOCATION_CONTEXT, ALLOCATION_CONTEXT_ID, Fields, OptionHeader, handshake_flag, info,
     option, option_reply, transmission_flag,

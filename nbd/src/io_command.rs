@@ -27,7 +27,7 @@ pub(crate) enum Action {
     /// Run the command.
     Submit(IoCommand, Reply),
     /// Run a write once its payload is there.
-    Write(ByteRange),
+    Write(ByteRange, Reply),
     /// Nothing to do: answer.
     Answer(Reply),
     /// The client says good-bye.
@@ -93,11 +93,14 @@ impl Refusal {
     }
 }
 
-/// Bytes of memory that a request holds until its reply is sent.
-pub(crate) fn memory_cost(request: &Request) -> usize {
-    match request.command {
-        command::READ | command::WRITE => request.length as usize,
-        _ => 0,
+impl Action {
+    /// Bytes of memory that it holds until its reply is sent.
+    pub(crate) fn memory_cost(&self) -> usize {
+        let range = match self {
+            Action::Submit(IoCommand::Read { range }, _) | Action::Write(range, _) => range,
+            Action::Submit(..) | Action::Answer(_) | Action::Disconnect => return 0,
+        };
+        usize::try_from(range.length).expect("within the request limit")
     }
 }
 
@@ -134,7 +137,7 @@ pub(crate) fn check(request: &Request, export: &Negotiated) -> Result<Action, Re
         // Reading ahead for a client is of no use here: the answer says that nothing failed.
         command::CACHE => Action::Answer(done),
         _ if range.length == 0 => Action::Answer(done),
-        command::WRITE => Action::Write(range),
+        command::WRITE => Action::Write(range, done),
         command::TRIM => Action::Submit(IoCommand::Trim { range }, done),
         command::WRITE_ZEROES => {
             let may_unmap = request.flags & command_flag::NO_HOLE == 0;
@@ -279,7 +282,7 @@ mod tests {
             zeroes,
             Action::Submit(IoCommand::WriteZeroes { may_unmap: true, .. }, _)
         ));
-        assert!(matches!(ok(command::WRITE, 0), Action::Write(found) if found == range));
+        assert!(matches!(ok(command::WRITE, 0), Action::Write(found, _) if found == range));
         assert!(matches!(ok(command::CACHE, 0), Action::Answer(_)));
         assert!(matches!(ok(command::DISC, 0xffff), Action::Disconnect));
         assert_eq!(refusal(request(9, 0, 0, 0), &EXPORT), Errno::Invalid);

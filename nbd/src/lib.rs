@@ -8,17 +8,21 @@
 //! On the write path it is step 2: [`Session`] hands out a `Write` whose payload the socket was
 //! read into directly.
 
+mod error;
 mod export;
 mod handshake;
+mod in_flight;
 mod input;
 mod io_command;
 mod reply;
 mod session;
 mod wire;
 
+pub use error::SessionError;
 pub use export::{
     Access, ExportInfo, ExportName, ExportNameError, ListExportsError, OpenExport, OpenExportError,
     Purpose,
 };
+pub use in_flight::CommandId;
 pub use reply::ReplyQueue;
-pub use session::{CommandId, Event, Session, SessionError, Want};
+pub use session::{Event, Session, Want};

@@ -1,18 +1,16 @@
 //! One connection: the handshake, then requests until the client says good-bye.
 //!
-//! Owns the life of a request as one enum ([`Receiving`], then [`Pending`]), and what may be in
-//! flight at once. Never reads, writes or waits: see [`Want`]. Write path, step 2.
+//! Owns the life of a request as one enum ([`Receiving`], then a slot in
+//! [`InFlight`]). Never reads, writes or waits: see [`Want`]. Write path, step 2.
 
-use ballast_block::limits::{
-    CONNECTION_INFLIGHT_BYTES_MAX, CONNECTION_INFLIGHT_COMMANDS_MAX, NBD_HANDSHAKE_REPLY_BYTES_MAX,
-    NBD_REQUEST_BYTES_MAX,
-};
+use ballast_block::limits::{NBD_HANDSHAKE_REPLY_BYTES_MAX, NBD_REQUEST_BYTES_MAX};
 use ballast_block::{AlignedBuf, ByteRange, IoCommand, IoError, IoReply};
 use bytes::Buf;
-use thiserror::Error;
 
-use crate::export::{ExportInfo, ExportNameError, ListExportsError, OpenExport, OpenExportError};
+use crate::error::SessionError;
+use crate::export::{ExportInfo, ListExportsError, OpenExport, OpenExportError};
 use crate::handshake::{Handshake, Question, Step};
+use crate::in_flight::{CommandId, InFlight};
 use crate::input::{INPUT_BYTES, Input};
 use crate::io_command::{self, Action, Negotiated, Refusal, Reply};
 use crate::reply::{Replier, ReplyQueue, errno_of};
@@ -81,60 +79,6 @@ pub enum Want<'a> {
     /// The client has said good-bye and all is answered and sent, or the session has failed: close
     /// the connection.
     Close,
-}
-
-/// Names a command in flight of one session.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CommandId {
-    slot: usize,
-    /// Never used twice in a session: finds a command that is completed twice.
-    number: u64,
-}
-
-/// Why a connection must be closed at once.
-#[derive(Clone, Debug, Error, PartialEq, Eq)]
-pub enum SessionError {
-    /// The protocol demands to close then.
-    #[error("client set unknown handshake flags {flags:#010x}")]
-    UnknownClientFlags {
-        /// All flags it set.
-        flags: u32,
-    },
-    /// Not an option: no NBD client, or out of step.
-    #[error("client sent {found:#018x} where the magic number of an option belongs")]
-    BadOptionMagic {
-        /// What stood there.
-        found: u64,
-    },
-    /// More data than an option can need.
-    #[error("client sent option {option} with {length} bytes of data")]
-    OptionTooLarge {
-        /// The option's number.
-        option: u32,
-        /// Its length in bytes.
-        length: u32,
-    },
-    /// More options than `limits::NBD_OPTIONS_MAX`.
-    #[error("client sent too many options without choosing an export")]
-    TooManyOptions,
-    /// `NBD_OPT_EXPORT_NAME` has no way to say so to the client.
-    #[error("client chose an export by an option that can't be refused: {0}")]
-    ExportNameInvalid(#[source] ExportNameError),
-    /// `NBD_OPT_EXPORT_NAME` has no way to say so to the client.
-    #[error("client chose an export by an option that can't be refused: {0}")]
-    ExportRefused(#[source] OpenExportError),
-    /// Not a request: out of step.
-    #[error("client sent {found:#010x} where the magic number of a request belongs")]
-    BadRequestMagic {
-        /// What stood there.
-        found: u32,
-    },
-    /// A write larger than any client may send.
-    #[error("client sent a write of {length} bytes; the limit is {NBD_REQUEST_BYTES_MAX}")]
-    WriteTooLarge {
-        /// Its length in bytes.
-        length: u32,
-    },
 }
 
 impl Default for Session {
@@ -297,7 +241,7 @@ impl Session {
     /// Commands given out and not completed.
     pub fn commands_in_flight(&self) -> usize {
         match &self.phase {
-            Phase::Transmission(transmission) => transmission.in_flight.count,
+            Phase::Transmission(transmission) => transmission.in_flight.count(),
             _ => 0,
         }
     }
@@ -316,64 +260,16 @@ struct Transmission {
 enum Receiving {
     /// 28 bytes of header are awaited.
     Header,
-    /// The header is there; it waits until there is room for it.
-    Admitting(Request),
+    /// It is good, and waits until there is room for it.
+    Admitting(Action),
     /// It is a write that has its slot and waits for memory,
     AwaitingBuffer { range: ByteRange, id: CommandId },
     /// whose payload then fills it.
     Payload { range: ByteRange, id: CommandId, buffer: AlignedBuf, filled: usize },
-    /// It is a write that is refused once its payload is thrown away.
+    /// It is refused, once the payload is thrown away if it is a write.
     Discarding { left: usize, cookie: u64, refusal: Refusal },
     /// The client said good-bye: nothing follows.
     Ended,
-}
-
-/// A command given out, until it is completed.
-#[derive(Debug)]
-struct Pending {
-    number: u64,
-    reply: Reply,
-    /// Bytes of memory it may hold.
-    cost: usize,
-}
-
-#[derive(Default)]
-struct InFlight {
-    slots: Vec<Option<Pending>>,
-    free: Vec<usize>,
-    count: usize,
-    bytes: usize,
-    last_number: u64,
-}
-
-impl InFlight {
-    fn has_room(&self, cost: usize, replies: &ReplyQueue) -> bool {
-        self.count < CONNECTION_INFLIGHT_COMMANDS_MAX
-            && self.bytes + replies.remaining() + cost <= CONNECTION_INFLIGHT_BYTES_MAX
-    }
-
-    fn insert(&mut self, reply: Reply, cost: usize) -> CommandId {
-        let slot = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(None);
-            self.slots.len() - 1
-        });
-        self.last_number += 1;
-        let number = self.last_number;
-        self.slots[slot] = Some(Pending { number, reply, cost });
-        self.count += 1;
-        self.bytes += cost;
-        CommandId { slot, number }
-    }
-
-    fn remove(&mut self, id: CommandId) -> Reply {
-        let pending = self.slots.get_mut(id.slot).and_then(Option::take);
-        let pending = pending.expect("only commands in flight are completed");
-        assert_eq!(pending.number, id.number, "a command was completed twice");
-        self.free.push(id.slot);
-        self.count -= 1;
-        self.bytes -= pending.cost;
-        pending.reply
-    }
 }
 
 impl Transmission {
@@ -400,15 +296,13 @@ impl Transmission {
                         return Ok(None);
                     }
                     let Some(bytes) = input.take::<REQUEST_BYTES>() else { return Ok(None) };
-                    self.header(&bytes)?;
+                    self.header(&bytes, shutting_down)?;
                 }
-                Receiving::Admitting(request) => {
-                    let request = *request;
-                    if !self.in_flight.has_room(io_command::memory_cost(&request), out) {
+                Receiving::Admitting(action) => {
+                    if !self.in_flight.has_room(action.memory_cost(), out) {
                         return Ok(None);
                     }
-                    self.receiving = Receiving::Header;
-                    let event = self.begin(&request, out, shutting_down);
+                    let event = self.admit(out);
                     if event.is_some() {
                         return Ok(event);
                     }
@@ -433,63 +327,53 @@ impl Transmission {
         }
     }
 
-    fn header(&mut self, bytes: &[u8; REQUEST_BYTES]) -> Result<(), SessionError> {
+    fn header(
+        &mut self,
+        bytes: &[u8; REQUEST_BYTES],
+        shutting_down: bool,
+    ) -> Result<(), SessionError> {
         let request =
             Request::decode(bytes).map_err(|found| SessionError::BadRequestMagic { found })?;
         self.last_was_write = request.command == command::WRITE;
-        if self.last_was_write && request.length as usize > NBD_REQUEST_BYTES_MAX {
+        let payload = if self.last_was_write { request.length as usize } else { 0 };
+        if payload > NBD_REQUEST_BYTES_MAX {
             return Err(SessionError::WriteTooLarge { length: request.length });
         }
-        self.receiving = Receiving::Admitting(request);
-        Ok(())
-    }
-
-    fn begin(
-        &mut self,
-        request: &Request,
-        out: &mut ReplyQueue,
-        shutting_down: bool,
-    ) -> Option<Event> {
-        let action = match io_command::check(request, &self.negotiated) {
-            Ok(Action::Disconnect) => {
-                self.receiving = Receiving::Ended;
-                return None;
-            }
+        let checked = match io_command::check(&request, &self.negotiated) {
+            Ok(Action::Disconnect) => Ok(Action::Disconnect),
             _ if shutting_down => Err(Refusal::ShuttingDown),
             checked => checked,
         };
-        let cost = io_command::memory_cost(request);
-        match action {
-            Ok(Action::Submit(command, reply)) => {
-                let id = self.in_flight.insert(reply, cost);
-                Some(Event::Command { id, command })
-            }
-            Ok(Action::Write(range)) => {
-                let reply = Reply::Done { cookie: request.cookie, beyond_end: Errno::NoSpace };
-                let id = self.in_flight.insert(reply, cost);
-                self.receiving = Receiving::AwaitingBuffer { range, id };
-                Some(Event::PayloadBuffer { length: request.length as usize })
-            }
-            Ok(Action::Answer(Reply::Read(read))) => {
-                self.replier.empty_read(out, read.cookie);
-                None
-            }
-            Ok(Action::Answer(reply)) => {
-                self.replier.done(out, reply.cookie());
-                None
-            }
-            Ok(Action::Disconnect) => unreachable!("answered above"),
+        self.receiving = match checked {
+            Ok(action) => Receiving::Admitting(action),
             Err(refusal) => {
-                self.refuse(request, refusal);
-                None
+                Receiving::Discarding { left: payload, cookie: request.cookie, refusal }
             }
-        }
+        };
+        Ok(())
     }
 
-    /// All refusals go the way of a write's, whose payload is thrown away first.
-    fn refuse(&mut self, request: &Request, refusal: Refusal) {
-        let left = if request.command == command::WRITE { request.length as usize } else { 0 };
-        self.receiving = Receiving::Discarding { left, cookie: request.cookie, refusal };
+    fn admit(&mut self, out: &mut ReplyQueue) -> Option<Event> {
+        let admitted = std::mem::replace(&mut self.receiving, Receiving::Header);
+        let Receiving::Admitting(action) = admitted else {
+            unreachable!("called in this state only");
+        };
+        let cost = action.memory_cost();
+        match action {
+            Action::Submit(command, reply) => {
+                let id = self.in_flight.insert(reply, cost);
+                return Some(Event::Command { id, command });
+            }
+            Action::Write(range, reply) => {
+                let id = self.in_flight.insert(reply, cost);
+                self.receiving = Receiving::AwaitingBuffer { range, id };
+                return Some(Event::PayloadBuffer { length: cost });
+            }
+            Action::Answer(Reply::Read(read)) => self.replier.empty_read(out, read.cookie),
+            Action::Answer(reply) => self.replier.done(out, reply.cookie()),
+            Action::Disconnect => self.receiving = Receiving::Ended,
+        }
+        None
     }
 
     fn payload_buffer(&mut self, buffer: AlignedBuf) {
@@ -518,7 +402,7 @@ impl Transmission {
                 non_empty(&mut buffer[*filled..], input.space(REQUEST_BYTES))
             }
             Receiving::Discarding { .. } => non_empty(input.space(INPUT_BYTES), &mut []),
-            Receiving::Ended if self.in_flight.count == 0 && !replies.has_remaining() => {
+            Receiving::Ended if self.in_flight.count() == 0 && !replies.has_remaining() => {
                 Want::Close
             }
             Receiving::Header

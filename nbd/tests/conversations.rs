@@ -280,6 +280,8 @@ fn violations_of_the_transmission() {
     let bad = transmit(&[], &[b"IHAVEOPT\0\0\0\x07\0\0\0\0____________".to_vec()]);
     assert_eq!(bad.error, Some(SessionError::BadRequestMagic { found: 0x4948_4156 }));
     let length = NBD_REQUEST_BYTES_MAX as u32 + 1;
+    let refused = transmit(&[], &[request(0, 0, 1, 0, u32::MAX), request(0, 3, 2, 0, 0)]);
+    assert_eq!(refused.sent.len(), 32, "a read that never fits is refused, the next is served");
     let bad = transmit(&[], &[request(0, 1, 1, 0, length)]);
     assert_eq!(bad.error, Some(SessionError::WriteTooLarge { length }));
 }
