@@ -43,7 +43,7 @@ impl Request {
         out.extend(u64::from(self.cookie).to_be_bytes());
         out.extend(offset.to_be_bytes());
         out.extend(length.to_be_bytes());
-        if command == 1 && length <= 1 << 16 {
+        if command == 1 && length <= 1 << 13 {
             out.extend((0..length).map(|index| index as u8));
         }
     }
