@@ -86,4 +86,7 @@ test_stage unit cargo test --workspace --locked --exclude ballast-tidy --exclude
     --exclude ballast-e2e
 echo "simulator seed of this commit: BALLAST_SIM_SEED=$BALLAST_SIM_SEED"
 test_stage simulator cargo test -p ballast-sim --locked
+stage programs cargo build --workspace --bins --locked
+# One at a time: each wants the machine's two cores, and some measure stalls.
+test_stage processes cargo test -p ballast-e2e --locked -- --test-threads=1
 current=
