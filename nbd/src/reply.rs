@@ -14,7 +14,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use crate::wire::{self, Errno, STRING_BYTES_MAX, allocation, chunk};
 
 /// Bytes to send, in order. Read it as a [`Buf`], best with [`Buf::chunks_vectored`].
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct ReplyQueue {
     pieces: VecDeque<Bytes>,
     /// Follows the pieces: small things are gathered here.
@@ -22,10 +22,20 @@ pub struct ReplyQueue {
     remaining: usize,
 }
 
+/// Bytes that the tail allocates at once: a hundred headers share an allocation.
+const TAIL_BYTES: usize = 4096;
+
 /// Data up to this size is copied behind the header before it: cheaper than one more piece.
 const COPIED_BYTES_MAX: usize = 512;
 
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+
+impl Default for ReplyQueue {
+    fn default() -> Self {
+        let tail = BytesMut::with_capacity(TAIL_BYTES);
+        Self { pieces: VecDeque::new(), tail, remaining: 0 }
+    }
+}
 
 impl ReplyQueue {
     /// Appends what `encode` writes.
