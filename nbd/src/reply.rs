@@ -397,6 +397,20 @@ mod tests {
     }
 
     #[test]
+    fn errors_of_commands() {
+        let at = |error| errno_of(&error, Errno::NoSpace);
+        assert_eq!(at(IoError::RangeOutside), Errno::NoSpace);
+        assert_eq!(errno_of(&IoError::RangeOutside, Errno::Invalid), Errno::Invalid);
+        assert_eq!(at(IoError::TooLarge { limit: 1 }), Errno::Invalid);
+        assert_eq!(at(IoError::ReadOnly), Errno::NotPermitted);
+        assert_eq!(at(IoError::NoSpace), Errno::NoSpace);
+        assert_eq!(at(IoError::Fenced), Errno::Shutdown);
+        assert_eq!(at(IoError::ShuttingDown), Errno::Shutdown);
+        assert_eq!(at(IoError::Damaged), Errno::Io);
+        assert_eq!(at(IoError::TimedOut), Errno::Io);
+    }
+
+    #[test]
     fn large_data_is_not_copied() {
         let block = Bytes::from(vec![9; 4096]);
         let mut queue = ReplyQueue::default();

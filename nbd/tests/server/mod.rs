@@ -241,7 +241,7 @@ impl<'a> Connection<'a> {
             description: "a volume in memory".into(),
             size: self.shared.volume.size,
             read_only: !writes,
-            multi_connection: false,
+            multi_connection: !writes,
         })
     }
 
