@@ -14,6 +14,7 @@ pub mod entropy;
 pub mod linux;
 pub mod network;
 pub mod raft_runtime;
+pub mod record;
 pub mod spawn;
 
 use crate::clock::Clock;

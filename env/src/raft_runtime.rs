@@ -7,6 +7,11 @@
 //! the clock rate of the node that it is about to poll with [`RateScope`]. Never decides a timeout.
 //! Not on the path of a write but under all of it: every task of a Raft group is spawned here.
 
+#![allow(
+    clippy::disallowed_methods,
+    reason = "a clock and a thread for the consensus library, which knows no environment"
+)]
+
 use std::cell::Cell;
 use std::convert::Infallible;
 use std::future::Future;
