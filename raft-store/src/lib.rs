@@ -6,10 +6,12 @@
 //! decides what an entry means (that is `volume`), never talks to a peer.
 
 pub mod entry;
+pub mod format;
 pub mod log;
 pub mod map;
 pub mod place;
 pub mod pool;
 pub mod replica;
+pub mod segment;
 pub mod stream;
 pub mod types;

@@ -1,8 +1,24 @@
-//! Streams: append, group commit, durable watermark, reads, recovery. Write path: step 5 (append).
+//! The streams of a pool: append, group commit, durable watermark, reads, checkpoints, recovery.
+//! Write path: step 5 (append).
+//!
+//! Owns what lies between the log and the disk. Never knows what a record means.
 
+mod commit;
+mod open;
+mod queue;
 mod record;
+mod scan;
+mod set;
+mod verdict;
+mod votes;
 
+pub use commit::{CommitCheckpointError, Committed, FrozenSegments};
+pub use open::{OpenStoreError, Opened, PoolInfo, open};
+pub use queue::{DurableCallback, StreamStats};
 pub use record::{
     AppendError, Appended, PayloadState, PoolFailed, RecordHead, RecordKind, Replayed, SpaceClass,
     StoredPayload, StreamId, StreamPosition,
 };
+pub use scan::ScanError;
+pub use set::{ReadError, StreamSet};
+pub use verdict::{Finding, Suspicion, suspects};
