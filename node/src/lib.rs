@@ -1,3 +1,4 @@
 //! A storage node as a library, generic over its environment.
 
+pub mod calls;
 pub mod peers;

@@ -6,4 +6,5 @@
 pub mod connection;
 pub mod links;
 pub mod raft_codec;
+pub mod raft_net;
 pub mod wire;

@@ -1,0 +1,360 @@
+//! Raft's network: what a group of this node sends to its members elsewhere.
+//!
+//! Step 5 of a write, towards the followers: every AppendEntries of a stream is one frame, sent
+//! without waiting for the answer to the one before. A peer that makes no progress, or for which
+//! too much waits, gets an error: that is what releases the purge of the log (hazard F8).
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::rc::Rc;
+use std::time::Duration;
+
+use ballast_block::{FamilyId, NodeId, ReplicaId};
+use ballast_env::Env;
+use ballast_env::clock::Instant;
+use ballast_env::spawn::OwnedTask;
+use ballast_raft_store::replica::Pin;
+use ballast_raft_store::types::{Member, TypeConfig, Vote};
+use ballast_volume::snapshot::GroupSnapshot;
+use bytes::Bytes;
+use futures_util::future::LocalBoxFuture;
+use futures_util::stream::LocalBoxStream;
+use futures_util::{Stream, StreamExt};
+use openraft::errors::{RPCError, ReplicationClosed, StreamingError, Unreachable};
+use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendResult,
+    TransferLeaderRequest, TransferLeaderResponse, VoteRequest, VoteResponse,
+};
+use openraft::type_config::alias::SnapshotOf;
+use tokio::sync::mpsc::UnboundedReceiver;
+
+use super::connection::{Connection, PeerError};
+use super::links::{Lane, Links};
+use super::raft_codec as codec;
+use super::wire::{Frame, Kind};
+use crate::calls::{OfferV1, Tag};
+
+/// Longest wait for an answer on a stream that has one outstanding. A dead or stopped peer is
+/// noticed earlier, by its silence; this is for one whose disk hangs.
+const STREAM_PROGRESS_MAX: Duration = Duration::from_secs(10);
+
+/// Longest wait for the answer to a vote: a campaign is over by then.
+const VOTE_MAX: Duration = Duration::from_secs(1);
+
+/// Longest that a receiver may take to pull and install a state.
+const RESYNC_MAX: Duration = Duration::from_secs(6 * 3600);
+
+type Rpc<T> = Result<T, RPCError<TypeConfig>>;
+
+/// Views that are being pulled by peers, by transfer id.
+pub struct Transfers<E: Env> {
+    pins: RefCell<BTreeMap<u64, Rc<Pin<E>>>>,
+    next: Cell<u64>,
+}
+
+impl<E: Env> Default for Transfers<E> {
+    fn default() -> Self {
+        Self { pins: RefCell::default(), next: Cell::new(1) }
+    }
+}
+
+impl<E: Env> Transfers<E> {
+    /// The view of a transfer that still runs.
+    pub fn get(&self, transfer: u64) -> Option<Rc<Pin<E>>> {
+        self.pins.borrow().get(&transfer).cloned()
+    }
+
+    fn begin(self: &Rc<Self>, pin: Rc<Pin<E>>) -> RunningTransfer<E> {
+        let id = self.next.get();
+        self.next.set(id + 1);
+        self.pins.borrow_mut().insert(id, pin);
+        RunningTransfer { transfers: self.clone(), id }
+    }
+}
+
+struct RunningTransfer<E: Env> {
+    transfers: Rc<Transfers<E>>,
+    id: u64,
+}
+
+impl<E: Env> Drop for RunningTransfer<E> {
+    fn drop(&mut self) {
+        self.transfers.pins.borrow_mut().remove(&self.id);
+    }
+}
+
+/// Makes the clients of one group.
+pub struct RaftNet<E: Env> {
+    /// The environment.
+    pub env: E,
+    /// Links to all peers.
+    pub links: Rc<Links<E>>,
+    /// The group's family.
+    pub family: FamilyId,
+    /// This node's replica of it.
+    pub from: ReplicaId,
+    /// Where views are kept while a peer pulls them.
+    pub transfers: Rc<Transfers<E>>,
+}
+
+impl<E: Env> RaftNet<E> {
+    fn client(&self, target: u64, member: &Member, lane: Lane) -> RaftClient<E> {
+        RaftClient {
+            env: self.env.clone(),
+            links: self.links.clone(),
+            family: self.family,
+            from: self.from,
+            to: ReplicaId(target),
+            node: member.node,
+            lane,
+            transfers: self.transfers.clone(),
+        }
+    }
+}
+
+impl<E: Env> RaftNetworkFactory<TypeConfig> for RaftNet<E> {
+    type Network = RaftClient<E>;
+
+    async fn new_client(&mut self, target: u64, member: &Member) -> RaftClient<E> {
+        self.client(target, member, Lane::Data)
+    }
+
+    async fn new_heartbeat_client(&mut self, target: u64, member: &Member) -> RaftClient<E> {
+        self.client(target, member, Lane::Control)
+    }
+}
+
+/// One group's way to one of its members.
+pub struct RaftClient<E: Env> {
+    env: E,
+    links: Rc<Links<E>>,
+    family: FamilyId,
+    from: ReplicaId,
+    to: ReplicaId,
+    node: NodeId,
+    lane: Lane,
+    transfers: Rc<Transfers<E>>,
+}
+
+fn unreachable(error: &PeerError) -> RPCError<TypeConfig> {
+    RPCError::Unreachable(Unreachable::new(error))
+}
+
+fn undecodable(error: codec::DecodeMessageError) -> RPCError<TypeConfig> {
+    RPCError::Unreachable(Unreachable::new(&error))
+}
+
+impl<E: Env> RaftClient<E> {
+    fn frame(&self, kind: Kind, id: u64, body: Bytes) -> Frame {
+        let plain = Frame::plain(kind, id, body);
+        Frame { family: self.family, from: self.from, to: self.to, ..plain }
+    }
+
+    async fn call(&self, lane: Lane, body: Bytes, limit: Duration) -> Rpc<Bytes> {
+        let frame = self.frame(Kind::Call, 0, body);
+        match self.links.call(self.node, lane, frame, limit).await {
+            Ok(reply) => Ok(reply.body),
+            Err(error) => Err(unreachable(&error)),
+        }
+    }
+}
+
+impl<E: Env> RaftNetworkV2<TypeConfig> for RaftClient<E> {
+    type SnapshotData = GroupSnapshot<E>;
+
+    async fn append_entries(
+        &mut self,
+        request: AppendEntriesRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Rpc<AppendEntriesResponse<TypeConfig>> {
+        let (body, payload) = codec::encode_append(&request);
+        let frame = self.frame(Kind::Call, 0, Tag::Append.body(&body));
+        let frame = Frame { payload, ..frame };
+        let reply = self.links.call(self.node, self.lane, frame, option.hard_ttl()).await;
+        let reply = reply.map_err(|error| unreachable(&error))?;
+        let result = codec::decode_append_reply(&reply.body).map_err(undecodable)?;
+        let last = request.entries.last().map(|entry| entry.log_id).or(request.prev_log_id);
+        Ok(match result {
+            Ok(matched) if matched == last => AppendEntriesResponse::Success,
+            Ok(matched) => AppendEntriesResponse::PartialSuccess(matched),
+            Err(error) => AppendEntriesResponse::from(Err(error)),
+        })
+    }
+
+    fn stream_append<'s, S>(
+        &'s mut self,
+        input: S,
+        _option: RPCOption,
+    ) -> LocalBoxFuture<'s, Rpc<LocalBoxStream<'s, Rpc<StreamAppendResult<TypeConfig>>>>>
+    where
+        S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Unpin + 'static,
+    {
+        Box::pin(async move {
+            let connection = self.links.connection(self.node, self.lane);
+            let connection = connection.map_err(|error| unreachable(&error))?;
+            let stream = OpenStream::start(self, connection, input);
+            Ok(futures_util::stream::unfold(stream, OpenStream::next).boxed_local())
+        })
+    }
+
+    async fn vote(
+        &mut self,
+        request: VoteRequest<TypeConfig>,
+        _option: RPCOption,
+    ) -> Rpc<VoteResponse<TypeConfig>> {
+        let body = Tag::Vote.body(&codec::encode_vote(&request));
+        let reply = self.call(Lane::Control, body, VOTE_MAX).await?;
+        codec::decode_vote_reply(&reply).map_err(undecodable)
+    }
+
+    async fn pre_vote(
+        &mut self,
+        request: VoteRequest<TypeConfig>,
+        _option: RPCOption,
+    ) -> Rpc<VoteResponse<TypeConfig>> {
+        let body = Tag::PreVote.body(&codec::encode_vote(&request));
+        let reply = self.call(Lane::Control, body, VOTE_MAX).await?;
+        codec::decode_vote_reply(&reply).map_err(undecodable)
+    }
+
+    async fn full_snapshot(
+        &mut self,
+        vote: Vote,
+        snapshot: SnapshotOf<TypeConfig, GroupSnapshot<E>>,
+        cancel: impl Future<Output = ReplicationClosed> + 'static,
+        _option: RPCOption,
+    ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
+        let GroupSnapshot::Own { pin, state, sequence } = snapshot.snapshot else {
+            let error = PeerError::Refused("only a group's own state can be offered".into());
+            return Err(unreachable(&error).into());
+        };
+        let transfer = self.transfers.begin(pin);
+        let meta = codec::encode_offer(&vote, &snapshot.meta).into();
+        let offer = OfferV1 { transfer: transfer.id, meta, state, sequence: sequence.0 };
+        tracing::info!(family = %self.family, to = %self.to, index = ?snapshot.meta.last_log_id,
+            "follower is behind the log: offering the difference");
+        let reply = tokio::select! {
+            biased;
+            closed = cancel => return Err(closed.into()),
+            reply = self.call(Lane::Data, Tag::Offer.message(&offer), RESYNC_MAX) => reply?,
+        };
+        let reply = codec::decode_vote_reply(&reply).map_err(undecodable)?;
+        Ok(SnapshotResponse::new(reply.vote))
+    }
+
+    async fn transfer_leader(
+        &mut self,
+        request: TransferLeaderRequest<TypeConfig>,
+        _option: RPCOption,
+    ) -> Rpc<TransferLeaderResponse<TypeConfig>> {
+        let body = Tag::Transfer.body(&codec::encode_transfer(&request));
+        self.call(Lane::Control, body, VOTE_MAX).await?;
+        Ok(Ok(()))
+    }
+}
+
+/// One running stream: a task sends, answers arrive in order.
+struct OpenStream<E: Env> {
+    env: E,
+    connection: Connection,
+    id: u64,
+    replies: UnboundedReceiver<Result<Frame, PeerError>>,
+    progress: Rc<Progress>,
+    failed: bool,
+    _sender: OwnedTask,
+}
+
+struct Progress {
+    sent: Cell<u64>,
+    answered: Cell<u64>,
+    ended: Cell<bool>,
+    /// When the oldest unanswered frame became the oldest.
+    since: Cell<Instant>,
+    error: RefCell<Option<PeerError>>,
+    changed: tokio::sync::Notify,
+}
+
+impl<E: Env> OpenStream<E> {
+    fn start<S>(client: &RaftClient<E>, connection: Connection, mut input: S) -> Self
+    where
+        S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Unpin + 'static,
+    {
+        let (id, replies) = connection.open_stream();
+        let env = client.env.clone();
+        let progress = Rc::new(Progress {
+            sent: Cell::new(0),
+            answered: Cell::new(0),
+            ended: Cell::new(false),
+            since: Cell::new(env.now()),
+            error: RefCell::default(),
+            changed: tokio::sync::Notify::new(),
+        });
+        let template = client.frame(Kind::Append, id, Bytes::new());
+        let (shared, clock, out) = (progress.clone(), env.clone(), connection.clone());
+        let sending = async move {
+            while let Some(request) = input.next().await {
+                let (body, payload) = codec::encode_append(&request);
+                if shared.sent.get() == shared.answered.get() {
+                    shared.since.set(clock.now());
+                }
+                shared.sent.set(shared.sent.get() + 1);
+                let frame = Frame { body, payload, ..template.clone() };
+                if let Err(error) = out.send(frame) {
+                    *shared.error.borrow_mut() = Some(error);
+                    break;
+                }
+                shared.changed.notify_one();
+            }
+            let _ = out.send(Frame { kind: Kind::AppendEnd, ..template });
+            shared.ended.set(true);
+            shared.changed.notify_one();
+        };
+        let _sender = OwnedTask(client.env.spawn(sending));
+        Self { env, connection, id, replies, progress, failed: false, _sender }
+    }
+
+    async fn next(mut self) -> Option<(Rpc<StreamAppendResult<TypeConfig>>, Self)> {
+        if self.failed {
+            return None;
+        }
+        let result = loop {
+            if let Some(error) = self.progress.error.borrow_mut().take() {
+                break Err(unreachable(&error));
+            }
+            let waiting = self.progress.sent.get() > self.progress.answered.get();
+            if !waiting && self.progress.ended.get() {
+                return None;
+            }
+            let waited = self.env.now().since(self.progress.since.get());
+            let left = STREAM_PROGRESS_MAX.saturating_sub(waited);
+            if waiting && left.is_zero() {
+                break Err(unreachable(&PeerError::TimedOut));
+            }
+            tokio::select! {
+                biased;
+                reply = self.replies.recv() => break self.take(reply),
+                () = self.progress.changed.notified() => {}
+                () = self.env.sleep(left), if waiting => {}
+            }
+        };
+        self.failed = !matches!(result, Ok(Ok(_)));
+        Some((result, self))
+    }
+
+    fn take(&self, reply: Option<Result<Frame, PeerError>>) -> Rpc<StreamAppendResult<TypeConfig>> {
+        let reply = reply.unwrap_or(Err(PeerError::ConnectionEnded));
+        let reply = reply.map_err(|error| unreachable(&error))?;
+        self.progress.answered.set(self.progress.answered.get() + 1);
+        self.progress.since.set(self.env.now());
+        codec::decode_append_reply(&reply.body).map_err(undecodable)
+    }
+}
+
+impl<E: Env> Drop for OpenStream<E> {
+    fn drop(&mut self) {
+        self.connection.close_stream(self.id);
+        let _ = self.connection.send(Frame::plain(Kind::AppendEnd, self.id, Bytes::new()));
+    }
+}
