@@ -41,7 +41,7 @@ pub enum Tag {
     NodeReport = 13,
     /// Hand the leadership of a family to another replica.
     MoveLeader = 14,
-    /// Room in this node's pool, for leaders elsewhere.
+    /// Whether this node's pool has room, for leaders elsewhere (a flag).
     Room = 15,
 }
 
@@ -346,14 +346,6 @@ pub struct MoveLeaderV1 {
     pub node: u32,
 }
 
-/// Room in a pool.
-#[derive(Clone, Copy, PartialEq, Message)]
-pub struct RoomV1 {
-    /// Bytes that leaders elsewhere may count on.
-    #[prost(uint64, tag = "1")]
-    pub credit: u64,
-}
-
 /// What a node knows of one of its replicas.
 #[derive(Clone, PartialEq, Message)]
 pub struct ReplicaReportV1 {
@@ -413,4 +405,18 @@ pub struct NodeReportV1 {
     /// The nodes that this one has a link to.
     #[prost(uint32, repeated, tag = "6")]
     pub links: Vec<u32>,
+}
+
+/// The answer to a change of leader.
+#[derive(Clone, PartialEq, Message)]
+pub struct MovedV1 {
+    /// 0 called for, 1 not the leader, 2 stopped here, 3 refused.
+    #[prost(uint32, tag = "1")]
+    pub code: u32,
+    /// The node to ask next.
+    #[prost(uint32, tag = "2")]
+    pub node: u32,
+    /// Why it was refused.
+    #[prost(string, tag = "3")]
+    pub reason: String,
 }

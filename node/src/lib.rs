@@ -1,4 +1,22 @@
-//! A storage node as a library, generic over its environment.
+//! A storage node as a library, generic over its environment: the daemon runs it on Linux, the
+//! simulator in a simulated world.
+//!
+//! Wires links, pool, cluster group, families and targets together. Everything here runs on the
+//! node's shard: one thread.
 
+pub mod admin;
+pub mod attach;
 pub mod calls;
+pub mod client;
+pub mod cluster_group;
+pub mod config;
+pub mod families;
+pub mod nbd_target;
+pub mod node;
+pub mod operate;
 pub mod peers;
+pub mod reconcile;
+pub mod report;
+pub mod resync;
+pub mod room;
+pub mod server;

@@ -7,7 +7,7 @@ use prost::Message;
 /// A control command as it stands in the log.
 #[derive(Clone, PartialEq, Message)]
 pub struct FamilyCommandV1 {
-    /// What is asked; an unknown command is refused by apply, never skipped silently.
+    /// What is asked; an unknown command halts the replica, it is never skipped.
     #[prost(oneof = "FamilyCommand", tags = "1, 2, 3")]
     pub command: Option<FamilyCommand>,
 }

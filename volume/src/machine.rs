@@ -48,6 +48,9 @@ pub enum Decision {
     },
     /// No extents are touched; a payload the entry may have is dead.
     Nothing(ApplyReply),
+    /// The command is of a newer program: this replica must stop before it, never skip it
+    /// (hazard 31). The text says what to upgrade.
+    Halt(String),
 }
 
 /// The replicated state of a group: pure, deterministic, the same on every replica.
@@ -95,39 +98,43 @@ impl<E: Env> StateMachine<E> {
         Ok(Self { replica, machine, applied, checkpoint })
     }
 
-    fn apply_entry(&self, entry: &Entry) -> ApplyReply {
+    fn apply_entry(&self, entry: &Entry) -> io::Result<ApplyReply> {
         let id = entry.log_id;
         match &entry.payload {
             EntryPayload::Blank => {
                 self.replica.apply_other(id, None, None);
-                ApplyReply::Applied(self.machine.borrow().sequence())
+                Ok(ApplyReply::Applied(self.machine.borrow().sequence()))
             }
             EntryPayload::Membership(membership) => {
                 self.replica.apply_other(id, Some(membership.clone()), None);
-                ApplyReply::Applied(self.machine.borrow().sequence())
+                Ok(ApplyReply::Applied(self.machine.borrow().sequence()))
             }
             EntryPayload::Normal(command) => self.apply_command(id, command),
         }
     }
 
-    fn apply_command(&self, id: LogId, command: &Command) -> ApplyReply {
+    fn apply_command(&self, id: LogId, command: &Command) -> io::Result<ApplyReply> {
         let decision = self.machine.borrow_mut().decide(command);
         match (decision, &command.body) {
             (Decision::Write { branch, sequence }, Body::Write { .. }) => {
                 self.replica.apply_write(id, branch, sequence);
-                ApplyReply::Applied(sequence)
+                Ok(ApplyReply::Applied(sequence))
             }
             (Decision::Trim { branch, sequence }, &Body::Trim { start, count }) => {
                 self.replica.apply_trim(id, branch, sequence, start, count);
-                ApplyReply::Applied(sequence)
+                Ok(ApplyReply::Applied(sequence))
             }
             (Decision::Nothing(reply), Body::Write { .. }) => {
                 self.replica.apply_rejected(id);
-                reply
+                Ok(reply)
             }
             (Decision::Nothing(reply), _) => {
                 self.replica.apply_other(id, None, None);
-                reply
+                Ok(reply)
+            }
+            (Decision::Halt(reason), _) => {
+                tracing::error!(replica = %self.replica.id(), index = id.index, reason, "halted");
+                Err(io::Error::other(reason))
             }
             (decision, body) => unreachable!("decision {decision:?} does not fit {body:?}"),
         }
@@ -151,7 +158,7 @@ impl<E: Env> RaftStateMachine<TypeConfig> for StateMachine<E> {
             let (entry, responder) = item?;
             // Back-pressure, not failure: a full delta is merged meanwhile (hazard 23).
             self.replica.map_room().await;
-            let reply = self.apply_entry(&entry);
+            let reply = self.apply_entry(&entry)?;
             last = Some(entry.log_id);
             if let Some(responder) = responder {
                 responder.send(reply);

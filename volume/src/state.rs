@@ -126,14 +126,15 @@ impl FamilyState {
         Ok(())
     }
 
-    fn control(&mut self, bytes: &Bytes) -> FamilyReplyV1 {
-        let refused = match FamilyCommandV1::decode(bytes.clone()).ok().and_then(|c| c.command) {
-            Some(FamilyCommand::Attach(attach)) => !self.attach(
+    fn control(&mut self, bytes: &Bytes) -> Option<FamilyReplyV1> {
+        let command = FamilyCommandV1::decode(bytes.clone()).ok()?.command?;
+        let refused = match command {
+            FamilyCommand::Attach(attach) => !self.attach(
                 AttachmentId(attach.attachment),
                 NodeId(attach.node),
                 Generation(attach.seen_generation),
             ),
-            Some(FamilyCommand::Detach(detach)) => {
+            FamilyCommand::Detach(detach) => {
                 let named = self.writer().is_some_and(|writer| {
                     writer.attachment.0 == detach.attachment
                         && writer.generation.0 == detach.generation
@@ -143,21 +144,20 @@ impl FamilyState {
                 }
                 false
             }
-            Some(FamilyCommand::Resize(resize)) => {
+            FamilyCommand::Resize(resize) => {
                 let grows = resize.size >= self.size;
                 self.size = self.size.max(resize.size);
                 !grows
             }
-            None => true,
         };
         let writer = self.writer();
-        FamilyReplyV1 {
+        Some(FamilyReplyV1 {
             refused,
             attachment: writer.map_or(0, |writer| writer.attachment.0),
             generation: self.generation.0,
             node: writer.map_or(0, |writer| writer.node.0),
             size: self.size,
-        }
+        })
     }
 
     fn attach(&mut self, attachment: AttachmentId, node: NodeId, seen: Generation) -> bool {
@@ -183,8 +183,10 @@ impl Machine for FamilyState {
     fn decide(&mut self, command: &Command) -> Decision {
         let end_block = match &command.body {
             Body::Control(bytes) => {
-                let reply = self.control(bytes).encode_to_vec().into();
-                return Decision::Nothing(ApplyReply::Control(reply));
+                let Some(reply) = self.control(bytes) else {
+                    return Decision::Halt("unknown family command: upgrade this node".into());
+                };
+                return Decision::Nothing(ApplyReply::Control(reply.encode_to_vec().into()));
             }
             Body::Write { range, .. } => range.end(),
             Body::Trim { start, count } => start + count,

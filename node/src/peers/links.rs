@@ -198,6 +198,14 @@ impl<E: Env> Links<E> {
         self.peers.borrow_mut().insert(node, dialled);
     }
 
+    /// Ends all links and dials no more.
+    pub fn hang_up(&self) {
+        let peers = std::mem::take(&mut *self.peers.borrow_mut());
+        for connection in peers.values().flat_map(|peer| peer.connections.values()) {
+            connection.close();
+        }
+    }
+
     /// Accepts peers until the listener fails.
     pub async fn accept<L>(self: Rc<Self>, listener: L, handler: Rc<dyn Handler>)
     where
@@ -286,7 +294,11 @@ impl<E: Env> Dialler<E> {
             tracing::warn!(node = %self.node, %refusal, "peer refuses this node");
             return Err(PeerError::Refused(refusal));
         }
-        self.links.check(&peer, Some(self.node)).map_err(PeerError::Refused)?;
+        let verdict = self.links.check(&peer, Some(self.node));
+        verdict.and_then(|()| self.handler.admit(&peer)).map_err(|refusal| {
+            tracing::warn!(node = %self.node, refusal, "peer refused");
+            PeerError::Refused(refusal)
+        })?;
         self.up(&connection, peer);
         let ended = pump(env, &connection, reader, writer, |frame| connection.deliver(frame)).await;
         self.down();
@@ -312,7 +324,7 @@ impl<E: Env> Dialler<E> {
     fn down(&self) {
         let was_both = {
             let mut peers = self.links.peers.borrow_mut();
-            let entry = peers.get_mut(&self.node).expect("inserted by dial");
+            let Some(entry) = peers.get_mut(&self.node) else { return };
             let was_both = entry.connections.len() == 2;
             entry.connections.remove(&self.lane);
             was_both

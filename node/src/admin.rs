@@ -1,0 +1,191 @@
+//! What an administrator can ask of a node, free of any protocol: the daemon puts gRPC before it.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use ballast_block::{NodeId, VolumeId};
+use ballast_cluster::{ClusterState, Command, CreateVolume, Refusal, Reply, Volume, VolumePhase};
+use ballast_env::Env;
+use thiserror::Error;
+
+use crate::attach;
+use crate::calls::{MoveLeaderV1, MovedV1, NodeReportV1, Tag, decode};
+use crate::node::Node;
+use crate::peers::links::Lane;
+use crate::peers::wire::{Frame, Kind};
+use crate::report;
+
+/// Longest wait for a new volume to become usable.
+const READY_MAX: Duration = Duration::from_secs(20);
+/// Longest wait for a volume's leader to be where it was sent.
+const MOVED_MAX: Duration = Duration::from_secs(5);
+const CALL_MAX: Duration = Duration::from_secs(3);
+const POLL: Duration = Duration::from_millis(20);
+
+/// Why an administrator's request was not carried out.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum AdminError {
+    /// The cluster refused it.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// There is no such volume.
+    #[error("there is no volume {0:?}: see the list of volumes")]
+    VolumeUnknown(String),
+    /// There is no such node.
+    #[error("there is no {0}: see the list of nodes")]
+    NodeUnknown(NodeId),
+    /// No quorum.
+    #[error(transparent)]
+    NoQuorum(#[from] crate::cluster_group::ProposeClusterError),
+    /// The volume was created, but is not usable yet.
+    #[error("volume {0:?} is created but has no quorum of replicas yet; check its nodes")]
+    NotReady(String),
+    /// The leader can't be moved there.
+    #[error("leader of {volume:?} can't move to {node}: {reason}")]
+    CantMove {
+        /// The volume.
+        volume: String,
+        /// Where to.
+        node: NodeId,
+        /// Why not.
+        reason: String,
+    },
+}
+
+impl<E: Env> Node<E> {
+    /// The cluster's state as this node knows it.
+    pub fn cluster_state(&self) -> std::cell::Ref<'_, ClusterState> {
+        self.inner.cluster.state()
+    }
+
+    /// Whether this node serves: its pool is open and the cluster has accepted it.
+    pub fn is_ready(&self) -> bool {
+        self.inner.announced.get() && self.inner.pool.failure().borrow().is_none()
+    }
+
+    /// What every node that answers reports of itself.
+    pub async fn reports(&self) -> BTreeMap<NodeId, NodeReportV1> {
+        report::all(&self.inner).await
+    }
+
+    /// Creates a volume and waits until it can be used.
+    ///
+    /// # Errors
+    /// [`AdminError`].
+    pub async fn create_volume(
+        &self,
+        name: &str,
+        size_bytes: u64,
+        replicas: u32,
+    ) -> Result<Volume, AdminError> {
+        let env = &self.inner.env;
+        let command = Command::CreateVolume(CreateVolume {
+            volume: VolumeId::from_random(env.random_16()),
+            name: name.to_owned(),
+            size_bytes,
+            replicas,
+            created_at_ms: env.wall_ms(),
+        });
+        let volume = match self.inner.cluster.propose(&command).await? {
+            Reply::Volume(volume) => volume,
+            Reply::Refused(refusal) => return Err(refusal.into()),
+            reply => unreachable!("creating a volume was answered {reply:?}"),
+        };
+        let end = env.now().after(READY_MAX);
+        loop {
+            let now = self.cluster_state().volume(volume.id).cloned();
+            match now {
+                Some(volume) if volume.phase == VolumePhase::Ready => return Ok(volume),
+                None => return Err(AdminError::VolumeUnknown(name.to_owned())),
+                Some(_) if env.now() >= end => {
+                    return Err(AdminError::NotReady(name.to_owned()));
+                }
+                Some(_) => env.sleep(POLL).await,
+            }
+        }
+    }
+
+    /// The volume of that name or id.
+    ///
+    /// # Errors
+    /// [`AdminError::VolumeUnknown`].
+    pub fn find_volume(&self, name_or_id: &str) -> Result<Volume, AdminError> {
+        let state = self.cluster_state();
+        let found = state.find_volume(name_or_id).cloned();
+        found.ok_or_else(|| AdminError::VolumeUnknown(name_or_id.to_owned()))
+    }
+
+    /// Deletes a volume; one that is gone is done.
+    ///
+    /// # Errors
+    /// [`AdminError`].
+    pub async fn delete_volume(&self, name_or_id: &str) -> Result<(), AdminError> {
+        let Ok(volume) = self.find_volume(name_or_id) else { return Ok(()) };
+        match self.inner.cluster.propose(&Command::DeleteVolume { volume: volume.id }).await? {
+            Reply::Refused(refusal) => Err(refusal.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Grows a volume and waits until its group has taken the size.
+    ///
+    /// # Errors
+    /// [`AdminError`].
+    pub async fn resize_volume(
+        &self,
+        name_or_id: &str,
+        size_bytes: u64,
+    ) -> Result<Volume, AdminError> {
+        let volume = self.find_volume(name_or_id)?.id;
+        let command = Command::ResizeVolume { volume, size_bytes };
+        match self.inner.cluster.propose(&command).await? {
+            Reply::Volume(volume) => Ok(volume),
+            Reply::Refused(refusal) => Err(refusal.into()),
+            reply => unreachable!("resizing a volume was answered {reply:?}"),
+        }
+    }
+
+    /// Hands a volume's lead to a node and waits until it leads.
+    ///
+    /// # Errors
+    /// [`AdminError`].
+    pub async fn move_leader(&self, name_or_id: &str, node: NodeId) -> Result<(), AdminError> {
+        let volume = self.find_volume(name_or_id)?;
+        if self.cluster_state().node(node).is_none() {
+            return Err(AdminError::NodeUnknown(node));
+        }
+        let env = &self.inner.env;
+        let end = env.now().after(MOVED_MAX);
+        let mut reason = "no leader answers; check the volume's nodes".to_owned();
+        while env.now() < end {
+            for (leader, report) in self.reports().await {
+                let leads = report
+                    .replicas
+                    .iter()
+                    .any(|replica| replica.family == volume.family.0 && replica.role == "leader");
+                if leads && leader == node {
+                    return Ok(());
+                }
+                if leads
+                    && let Some(moved) = self.ask_to_move(leader, &volume, node).await
+                    && moved.code == attach::HELD
+                {
+                    reason = moved.reason;
+                }
+            }
+            env.sleep(POLL * 5).await;
+        }
+        Err(AdminError::CantMove { volume: volume.name, node, reason })
+    }
+
+    async fn ask_to_move(&self, leader: NodeId, volume: &Volume, node: NodeId) -> Option<MovedV1> {
+        if leader == self.inner.config.node {
+            return Some(attach::move_leader_here(&self.inner, volume.family, node).await);
+        }
+        let ask = MoveLeaderV1 { node: node.0 };
+        let plain = Frame::plain(Kind::Call, 0, Tag::MoveLeader.message(&ask));
+        let frame = Frame { family: volume.family, ..plain };
+        let reply = self.inner.links.call(leader, Lane::Control, frame, CALL_MAX).await.ok()?;
+        decode(reply.body).ok()
+    }
+}

@@ -1,0 +1,184 @@
+//! Attachments: who may write a volume, and moving its leader to who serves the writer.
+//!
+//! An attachment is a committed entry before its first I/O (guarantee **fenced**). The leader lets
+//! a new one take over only from one whose serving node is gone or does not know it any more; what
+//! the old one still sends is refused at apply, on every replica.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use ballast_block::{AttachmentId, FamilyId, NodeId, ReplicaId};
+use ballast_env::Env;
+use ballast_volume::command::{self, FamilyCommand, Writer};
+use ballast_volume::family::{ExecuteError, Family};
+use openraft::async_runtime::WatchReceiver;
+
+use crate::calls::{AttachReplyV1, AttachV1, AttachmentV1, FlagV1, Tag, decode};
+use crate::node::Inner;
+use crate::peers::links::Lane;
+use crate::peers::wire::{Frame, Kind};
+
+/// How long the leader waits for the node of another attachment to speak for it. Its silence is
+/// safe: taking over fences it.
+const ALIVE_MAX: Duration = Duration::from_millis(1500);
+
+/// Entries that a follower may be behind and still be handed the lead: a few round trips.
+const IN_SYNC_ENTRIES: u64 = 64;
+
+/// Attached, detached or moved.
+pub const DONE: u32 = 0;
+/// Another node leads.
+pub const NOT_LEADER: u32 = 1;
+/// The family does not run on the node asked.
+pub const STOPPED: u32 = 2;
+/// Another attachment holds the volume and is alive.
+pub const HELD: u32 = 3;
+
+/// Whether a client of this node holds that attachment.
+pub(crate) fn is_alive<E: Env>(inner: &Inner<E>, attachment: u64) -> bool {
+    inner.attachments.borrow().contains_key(&AttachmentId(attachment))
+}
+
+fn failed(error: &ExecuteError) -> AttachReplyV1 {
+    match error {
+        ExecuteError::NotLeader { hint } => AttachReplyV1 {
+            code: NOT_LEADER,
+            node: hint.map_or(0, |node| node.0),
+            ..AttachReplyV1::default()
+        },
+        _ => AttachReplyV1 { code: STOPPED, ..AttachReplyV1::default() },
+    }
+}
+
+fn family_here<E: Env>(inner: &Inner<E>, family: FamilyId) -> Result<Family<E>, AttachReplyV1> {
+    let family = inner.families.borrow().get(&family).cloned();
+    family.ok_or(AttachReplyV1 { code: STOPPED, ..AttachReplyV1::default() })
+}
+
+/// Makes an attachment the writer, if this node leads and no other one is alive.
+pub(crate) async fn attach_here<E: Env>(
+    inner: &Rc<Inner<E>>,
+    family: FamilyId,
+    ask: AttachV1,
+) -> AttachReplyV1 {
+    let family = match family_here(inner, family) {
+        Ok(family) => family,
+        Err(reply) => return reply,
+    };
+    loop {
+        if let Err(shut) = family.group().gate().pass().await {
+            return failed(&shut.into());
+        }
+        let (writer, seen_generation) = {
+            let state = family.state();
+            (state.writer(), state.generation().0)
+        };
+        if let Some(writer) = writer
+            && writer.attachment.0 != ask.attachment
+            && speaks_for(inner, writer).await
+        {
+            let node = writer.node.0;
+            return AttachReplyV1 { code: HELD, node, ..AttachReplyV1::default() };
+        }
+        let (attachment, node) = (ask.attachment, ask.node);
+        let command = command::AttachV1 { attachment, node, seen_generation };
+        match family.control(FamilyCommand::Attach(command)).await {
+            // Another one came between: look again.
+            Ok(reply) if reply.refused => {}
+            Ok(reply) => {
+                if ask.follow {
+                    follow(inner, &family, NodeId(node)).await;
+                }
+                let (generation, size) = (reply.generation, reply.size);
+                return AttachReplyV1 { code: DONE, node, generation, size };
+            }
+            Err(error) => return failed(&error),
+        }
+    }
+}
+
+async fn speaks_for<E: Env>(inner: &Inner<E>, writer: Writer) -> bool {
+    if writer.node == inner.config.node {
+        return is_alive(inner, writer.attachment.0);
+    }
+    let ask = AttachmentV1 { attachment: writer.attachment.0, generation: writer.generation.0 };
+    let frame = Frame::plain(Kind::Call, 0, Tag::AttachmentAlive.message(&ask));
+    let answer = inner.links.call(writer.node, Lane::Control, frame, ALIVE_MAX).await;
+    let answer = answer.and_then(|reply| decode::<FlagV1>(reply.body));
+    answer.is_ok_and(|word| word.flag)
+}
+
+/// Ends an attachment, if this node leads.
+pub(crate) async fn detach_here<E: Env>(
+    inner: &Inner<E>,
+    family: FamilyId,
+    ask: AttachmentV1,
+) -> AttachReplyV1 {
+    let family = match family_here(inner, family) {
+        Ok(family) => family,
+        Err(reply) => return reply,
+    };
+    let (attachment, generation) = (ask.attachment, ask.generation);
+    let command = command::DetachV1 { attachment, generation };
+    match family.control(FamilyCommand::Detach(command)).await {
+        Ok(_) => AttachReplyV1::default(),
+        Err(error) => failed(&error),
+    }
+}
+
+/// Hands the lead to the node that serves the writer, if it has a replica in sync. Best effort.
+async fn follow<E: Env>(inner: &Inner<E>, family: &Family<E>, node: NodeId) {
+    if inner.config.leader_follows_writer && node != inner.config.node {
+        let _ = hand_over(family, node).await;
+    }
+}
+
+async fn hand_over<E: Env>(family: &Family<E>, node: NodeId) -> Result<(), String> {
+    let (target, lag) = in_sync_on(family, node)?;
+    if lag > IN_SYNC_ENTRIES {
+        return Err(format!(
+            "the replica on {node} is {lag} entries behind; wait until it is in sync"
+        ));
+    }
+    family.group().transfer(target).await.map_err(|error| error.to_string())
+}
+
+fn in_sync_on<E: Env>(family: &Family<E>, node: NodeId) -> Result<(ReplicaId, u64), String> {
+    let metrics = family.group().raft().metrics();
+    let metrics = metrics.borrow_watched();
+    let membership = metrics.membership_config.membership();
+    let (&target, _) = membership
+        .nodes()
+        .find(|(_, member)| member.node == node)
+        .ok_or_else(|| format!("the volume has no replica on {node}"))?;
+    let last = metrics.last_log_index.unwrap_or(0);
+    let replication = metrics.replication.as_ref().ok_or("this node does not lead the volume")?;
+    let matched = replication.get(&target).copied().flatten().map_or(0, |id| id.index);
+    Ok((ReplicaId(target), last.saturating_sub(matched)))
+}
+
+/// Hands the lead of a family to `node`, if this node leads it now.
+pub(crate) async fn move_leader_here<E: Env>(
+    inner: &Inner<E>,
+    family: FamilyId,
+    node: NodeId,
+) -> crate::calls::MovedV1 {
+    let moved = |code, node: Option<NodeId>, reason: String| crate::calls::MovedV1 {
+        code,
+        node: node.map_or(0, |node| node.0),
+        reason,
+    };
+    let Ok(family) = family_here(inner, family) else {
+        return moved(STOPPED, None, String::new());
+    };
+    if family.group().leading_term().is_none() {
+        return moved(NOT_LEADER, family.group().leader_node(), String::new());
+    }
+    if node == inner.config.node {
+        return moved(DONE, Some(node), String::new());
+    }
+    match hand_over(&family, node).await {
+        Ok(()) => moved(DONE, Some(node), String::new()),
+        Err(reason) => moved(HELD, None, reason),
+    }
+}

@@ -1,0 +1,374 @@
+//! A volume as the node that serves it to a host sees it: any node serves any volume.
+//!
+//! Cuts commands into operations, sends each to the leader, here or elsewhere, and goes on through
+//! failovers. A retry of ours carries the same request number, and apply recognises it: it is not
+//! a second write (guarantee **linearizable**).
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+use std::rc::Rc;
+use std::time::Duration;
+
+use ballast_block::command::{ReadPart, StatusExtent};
+use ballast_block::geometry::BLOCK_SIZE_U64;
+use ballast_block::{
+    AttachmentId, ByteRange, FamilyId, Generation, IoCommand, IoError, IoReply, NodeId,
+};
+use ballast_env::Env;
+use ballast_env::clock::Instant;
+use ballast_raft_store::entry::Origin;
+use ballast_volume::family::{ExecuteError, OperationReply};
+use ballast_volume::split::{self, Operation};
+use bytes::Bytes;
+use futures_util::future::join_all;
+use thiserror::Error;
+
+use crate::attach;
+use crate::calls::{AttachReplyV1, AttachV1, AttachmentV1, OperateReplyV1, Tag, decode};
+use crate::node::Inner;
+use crate::operate;
+use crate::peers::connection::PeerError;
+use crate::peers::links::Lane;
+use crate::peers::wire::{Frame, Kind};
+
+/// Longest that an operation is retried before its host is told that the outcome is unknown. Hosts
+/// prefer a long stall to an error: file systems turn read-only at the first one.
+pub const OPERATION_MAX: Duration = Duration::from_secs(300);
+
+/// Longest wait for the leader's answer before the operation is sent again, under the same number.
+const ATTEMPT_MAX: Duration = Duration::from_secs(5);
+
+/// Longest that opening an export waits for a quorum.
+const ATTACH_MAX: Duration = Duration::from_secs(20);
+const RETRY_PAUSE_MIN: Duration = Duration::from_millis(5);
+const RETRY_PAUSE_MAX: Duration = Duration::from_millis(100);
+
+/// A volume could not be opened for a host.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum AttachError {
+    /// There is no such volume.
+    #[error("there is no volume {0}")]
+    VolumeUnknown(String),
+    /// Another attachment holds it.
+    #[error("volume is attached for writing by a client of {0}")]
+    Held(NodeId),
+    /// No leader answered in time.
+    #[error("volume has no quorum")]
+    NoQuorum,
+}
+
+/// A host's attachment to a volume.
+pub struct VolumeClient<E: Env> {
+    inner: Rc<Inner<E>>,
+    family: FamilyId,
+    name: String,
+    attachment: AttachmentId,
+    generation: Generation,
+    size: u64,
+    read_only: bool,
+    next_request: Cell<u64>,
+    outstanding: RefCell<BTreeSet<u64>>,
+    leader: Cell<Option<NodeId>>,
+    turn: Cell<usize>,
+}
+
+struct Request<'a, E: Env> {
+    client: &'a VolumeClient<E>,
+    number: u64,
+}
+
+impl<E: Env> Drop for Request<'_, E> {
+    fn drop(&mut self) {
+        self.client.outstanding.borrow_mut().remove(&self.number);
+    }
+}
+
+impl<E: Env> VolumeClient<E> {
+    /// Opens the volume `name`; for writing, makes it the volume's writer.
+    ///
+    /// # Errors
+    /// [`AttachError`].
+    pub(crate) async fn open(
+        inner: Rc<Inner<E>>,
+        name: &str,
+        read_only: bool,
+    ) -> Result<Self, AttachError> {
+        let (family, size) = {
+            let state = inner.cluster.state();
+            let volume = state.volume_by_name(name);
+            let volume = volume.ok_or_else(|| AttachError::VolumeUnknown(name.to_owned()))?;
+            (volume.family, volume.size_bytes)
+        };
+        let attachment = AttachmentId(inner.env.random_u64() | 1);
+        let mut client = Self {
+            inner,
+            family,
+            name: name.to_owned(),
+            attachment,
+            generation: Generation(0),
+            size,
+            read_only,
+            next_request: Cell::new(1),
+            outstanding: RefCell::default(),
+            leader: Cell::new(None),
+            turn: Cell::new(0),
+        };
+        if !read_only {
+            client.inner.attachments.borrow_mut().insert(attachment, family);
+            client.attach().await?;
+        }
+        Ok(client)
+    }
+
+    /// The volume's size in bytes when it was opened.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The volume's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    async fn attach(&mut self) -> Result<(), AttachError> {
+        let ask = AttachV1 {
+            attachment: self.attachment.0,
+            node: self.inner.config.node.0,
+            follow: self.inner.config.leader_follows_writer,
+        };
+        let end = self.inner.env.now().after(ATTACH_MAX);
+        let mut pause = RETRY_PAUSE_MIN;
+        while self.inner.env.now() < end {
+            let target = self.target();
+            let reply = self.attach_at(target, ask).await;
+            match reply {
+                Ok(reply) if reply.code == attach::DONE => {
+                    self.leader.set(Some(target));
+                    self.generation = Generation(reply.generation);
+                    self.size = reply.size;
+                    return Ok(());
+                }
+                Ok(reply) if reply.code == attach::HELD => {
+                    return Err(AttachError::Held(NodeId(reply.node)));
+                }
+                Ok(reply) if reply.code == attach::NOT_LEADER && reply.node != 0 => {
+                    self.leader.set(Some(NodeId(reply.node)));
+                }
+                _ => self.leader.set(None),
+            }
+            self.inner.env.sleep(pause).await;
+            pause = (pause * 2).min(RETRY_PAUSE_MAX);
+        }
+        Err(AttachError::NoQuorum)
+    }
+
+    async fn attach_at(&self, target: NodeId, ask: AttachV1) -> Result<AttachReplyV1, PeerError> {
+        if target == self.inner.config.node {
+            return Ok(attach::attach_here(&self.inner, self.family, ask).await);
+        }
+        let frame = self.frame(Tag::Attach.message(&ask));
+        decode(self.inner.links.call(target, Lane::Control, frame, ATTEMPT_MAX).await?.body)
+    }
+
+    /// Ends the attachment, as far as a leader can be told; otherwise the next one takes over.
+    pub async fn detach(&self) {
+        if self.read_only {
+            return;
+        }
+        self.inner.attachments.borrow_mut().remove(&self.attachment);
+        let ask = AttachmentV1 { attachment: self.attachment.0, generation: self.generation.0 };
+        for _ in 0..3 {
+            let target = self.target();
+            let reply = if target == self.inner.config.node {
+                Ok(attach::detach_here(&self.inner, self.family, ask).await)
+            } else {
+                let frame = self.frame(Tag::Detach.message(&ask));
+                let reply = self.inner.links.call(target, Lane::Control, frame, ATTEMPT_MAX).await;
+                reply.and_then(|reply| decode::<AttachReplyV1>(reply.body))
+            };
+            match reply {
+                Ok(reply) if reply.code == attach::DONE => return,
+                Ok(reply) if reply.node != 0 => self.leader.set(Some(NodeId(reply.node))),
+                _ => self.leader.set(None),
+            }
+            self.inner.env.sleep(RETRY_PAUSE_MAX).await;
+        }
+    }
+
+    /// Runs a host's command to its end.
+    ///
+    /// # Errors
+    /// [`IoError`].
+    pub async fn run(&self, command: IoCommand) -> Result<IoReply, IoError> {
+        let writes = !matches!(
+            command,
+            IoCommand::Read { .. } | IoCommand::Flush | IoCommand::BlockStatus { .. }
+        );
+        if writes && self.read_only {
+            return Err(IoError::ReadOnly);
+        }
+        match command {
+            // Every completed write is durable on a majority: nothing is left to flush.
+            IoCommand::Flush => Ok(IoReply::Done),
+            IoCommand::Read { range } => self.read(range).await,
+            IoCommand::BlockStatus { range } => self.status(range).await,
+            IoCommand::Write { range, data } => self.write(range, data.freeze()).await,
+            IoCommand::Trim { range } | IoCommand::WriteZeroes { range, .. } => {
+                self.all(split::trim(range)).await
+            }
+        }
+    }
+
+    async fn read(&self, range: ByteRange) -> Result<IoReply, IoError> {
+        let operations = split::pieces(range).map(|piece| self.one(Operation::Read(piece)));
+        let mut parts: Vec<ReadPart> = Vec::new();
+        for reply in join_all(operations).await {
+            let OperationReply::Data(mut more) = reply? else {
+                unreachable!("a read is answered with data");
+            };
+            parts.append(&mut more);
+        }
+        Ok(IoReply::Data(parts))
+    }
+
+    async fn write(&self, range: ByteRange, data: Bytes) -> Result<IoReply, IoError> {
+        let operations = split::pieces(range).map(|piece| {
+            let at = usize::try_from(piece.offset - range.offset).expect("a request fits memory");
+            let length = usize::try_from(piece.length).expect("a request fits memory");
+            Operation::Write { offset: piece.offset, data: data.slice(at..at + length) }
+        });
+        self.all(operations.collect()).await
+    }
+
+    async fn all(&self, operations: Vec<Operation>) -> Result<IoReply, IoError> {
+        // All are awaited, also after an error: dropping one half-way would release its range lock
+        // while its entry may still be on its way.
+        let all = join_all(operations.into_iter().map(|operation| self.one(operation))).await;
+        all.into_iter().collect::<Result<Vec<_>, _>>()?;
+        Ok(IoReply::Done)
+    }
+
+    async fn status(&self, range: ByteRange) -> Result<IoReply, IoError> {
+        let blocks = range.covering_blocks();
+        let reply = self.one(Operation::Status(blocks)).await?;
+        let OperationReply::Status(runs) = reply else {
+            unreachable!("a status is answered with runs");
+        };
+        let mut at = blocks.start * BLOCK_SIZE_U64;
+        let mut extents: Vec<StatusExtent> = Vec::with_capacity(runs.len());
+        for (allocated, count) in runs {
+            let end = at + u64::from(count) * BLOCK_SIZE_U64;
+            let length = end.min(range.end()).saturating_sub(at.max(range.offset));
+            at = end;
+            match extents.last_mut() {
+                Some(last) if last.allocated == allocated => last.length += length,
+                _ if length > 0 => extents.push(StatusExtent { length, allocated }),
+                _ => {}
+            }
+        }
+        Ok(IoReply::Status(extents))
+    }
+
+    fn request(&self) -> Request<'_, E> {
+        let number = self.next_request.get();
+        self.next_request.set(number + 1);
+        self.outstanding.borrow_mut().insert(number);
+        Request { client: self, number }
+    }
+
+    /// Runs one operation at the leader, whoever that is.
+    async fn one(&self, operation: Operation) -> Result<OperationReply, IoError> {
+        let request = self.request();
+        let start = self.inner.env.now();
+        let mut pause = RETRY_PAUSE_MIN;
+        loop {
+            let target = self.target();
+            match self.attempt(target, request.number, &operation).await {
+                Ok(reply) => {
+                    self.leader.set(Some(target));
+                    return Ok(reply);
+                }
+                Err(ExecuteError::Failed(error)) => return Err(error),
+                Err(ExecuteError::NotLeader { hint: Some(hint) }) if hint != target => {
+                    self.leader.set(Some(hint));
+                }
+                Err(_) => self.leader.set(None),
+            }
+            self.check_on(start)?;
+            self.inner.env.sleep(pause).await;
+            pause = (pause * 2).min(RETRY_PAUSE_MAX);
+        }
+    }
+
+    /// Whether it makes sense to go on trying.
+    fn check_on(&self, start: Instant) -> Result<(), IoError> {
+        if *self.inner.stopping.borrow() {
+            return Err(IoError::ShuttingDown);
+        }
+        if self.inner.cluster.state().volume_of_family(self.family).is_none() {
+            return Err(IoError::ShuttingDown);
+        }
+        if self.inner.env.now().since(start) > OPERATION_MAX {
+            return Err(IoError::TimedOut);
+        }
+        Ok(())
+    }
+
+    /// Where the leader is likely to be.
+    fn target(&self) -> NodeId {
+        if let Some(leader) = self.leader.get() {
+            return leader;
+        }
+        let own = self.inner.families.borrow().get(&self.family).cloned();
+        if let Some(leader) = own.and_then(|family| family.group().leader_node())
+            && self.turn.get().is_multiple_of(2)
+        {
+            self.turn.set(self.turn.get() + 1);
+            return leader;
+        }
+        let turn = self.turn.get() + 1;
+        self.turn.set(turn);
+        let state = self.inner.cluster.state();
+        let nodes: Vec<NodeId> =
+            state.replicas_of(self.family).map(|replica| replica.node).collect();
+        nodes.get(turn / 2 % nodes.len().max(1)).copied().unwrap_or(self.inner.config.node)
+    }
+
+    async fn attempt(
+        &self,
+        target: NodeId,
+        number: u64,
+        operation: &Operation,
+    ) -> Result<OperationReply, ExecuteError> {
+        let answered_below = self.outstanding.borrow().first().copied().unwrap_or(number);
+        let origin = Origin {
+            attachment: self.attachment,
+            generation: self.generation,
+            request: number,
+            answered_below,
+            holder: self.inner.config.node,
+            ..Origin::default()
+        };
+        if target == self.inner.config.node {
+            let family = self.inner.families.borrow().get(&self.family).cloned();
+            let family = family.ok_or(ExecuteError::Stopped)?;
+            return family.execute(origin, operation.clone()).await;
+        }
+        let (message, payload) = operate::encode(&origin, operation);
+        let frame = Frame { payload, ..self.frame(Tag::Operate.message(&message)) };
+        let reply = self.inner.links.call(target, Lane::Data, frame, ATTEMPT_MAX).await;
+        let reply = reply.map_err(|_| ExecuteError::Stopped)?;
+        let message: OperateReplyV1 = decode(reply.body).map_err(|_| ExecuteError::Stopped)?;
+        operate::decode_reply(operation, message, &reply.payload)
+    }
+
+    fn frame(&self, body: Bytes) -> Frame {
+        Frame { family: self.family, ..Frame::plain(Kind::Call, 0, body) }
+    }
+}
+
+impl<E: Env> Drop for VolumeClient<E> {
+    fn drop(&mut self) {
+        self.inner.attachments.borrow_mut().remove(&self.attachment);
+    }
+}

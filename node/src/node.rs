@@ -1,0 +1,354 @@
+//! A node: opens the pool, starts the groups on it, links up with the peers, serves.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::rc::Rc;
+use std::time::Duration;
+
+use ballast_block::buffer::BufferPool;
+use ballast_block::{AttachmentId, FamilyId, NodeId, PoolId, ReplicaId, VolumeId};
+use ballast_env::Env;
+use ballast_env::network::{Address, Listener};
+use ballast_env::spawn::OwnedTask;
+use ballast_raft_store::pool::{
+    CreateReplicaError, FormatOptions, FormatPoolError, OpenPoolError, Pool, PoolExpectation,
+    PoolFailure, RecoveryReport, ReplicaDescriptor,
+};
+use ballast_volume::family::Family;
+use ballast_volume::group::{Group, StartGroupError};
+use ballast_volume::snapshot::Checkpoint;
+use prost::Message;
+use thiserror::Error;
+use tokio::sync::watch;
+
+use crate::cluster_group::{ClusterFoundingV1, ClusterGroup, ClusterMachine, cluster_replica};
+use crate::config::{Founder, NodeConfig};
+use crate::peers::links::{Identity, Links};
+use crate::peers::raft_net::{RaftNet, Transfers};
+use crate::room::RoomTable;
+use crate::{nbd_target, reconcile, room, server};
+
+/// How often logs are checked against their retention bound.
+const RETENTION_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A node could not be made ready or started.
+#[derive(Debug, Error)]
+pub enum StartNodeError {
+    /// This node is not among the founders.
+    #[error("{0} is not among the nodes of the configuration: add it to `nodes`")]
+    NodeNotListed(NodeId),
+    /// Not 1, 3 or 5 nodes, or one twice.
+    #[error("{0} nodes are configured; a cluster starts with 1, 3 or 5 different ones")]
+    FoundersInvalid(usize),
+    /// The pool can't be formatted.
+    #[error(transparent)]
+    FormatPool(#[from] FormatPoolError),
+    /// The pool can't be opened.
+    #[error("can't open pool {path}: {problem}")]
+    OpenPool {
+        /// Its path.
+        path: String,
+        /// Why.
+        problem: OpenPoolError,
+    },
+    /// The cluster group's replica can't be made.
+    #[error("can't make the cluster group's replica: {0}")]
+    CreateReplica(#[from] CreateReplicaError),
+    /// The pool has no replica of the cluster group.
+    #[error("pool {0} has no replica of the cluster group: format it with this program")]
+    ClusterReplicaMissing(String),
+    /// A group can't be started.
+    #[error(transparent)]
+    StartGroup(#[from] StartGroupError),
+    /// An address can't be listened on.
+    #[error("can't listen on {address}: {problem}")]
+    Listen {
+        /// The address.
+        address: Address,
+        /// What the system says.
+        problem: io::Error,
+    },
+}
+
+pub(crate) struct Inner<E: Env> {
+    pub(crate) env: E,
+    pub(crate) config: NodeConfig,
+    pub(crate) links: Rc<Links<E>>,
+    pub(crate) pool: Pool<E>,
+    pub(crate) recovery: RecoveryReport,
+    pub(crate) buffers: BufferPool,
+    pub(crate) transfers: Rc<Transfers<E>>,
+    pub(crate) cluster: ClusterGroup<E>,
+    pub(crate) families: RefCell<BTreeMap<FamilyId, Family<E>>>,
+    /// Families that are being started or stopped right now.
+    pub(crate) changing: RefCell<BTreeSet<FamilyId>>,
+    /// Attachments that a client of this node holds now.
+    pub(crate) attachments: RefCell<BTreeMap<AttachmentId, FamilyId>>,
+    /// The newest start of each peer's pool that this process has seen (hazard F5).
+    pub(crate) boots: RefCell<BTreeMap<NodeId, (PoolId, u64, u64)>>,
+    pub(crate) room: RoomTable,
+    pub(crate) nbd_addresses: RefCell<Vec<Address>>,
+    pub(crate) peer_address: RefCell<Option<Address>>,
+    pub(crate) stopping: watch::Sender<bool>,
+    /// Whether the cluster has accepted this start of the pool.
+    pub(crate) announced: Cell<bool>,
+    tasks: RefCell<Vec<OwnedTask>>,
+}
+
+/// A running node. Clones share it.
+pub struct Node<E: Env> {
+    pub(crate) inner: Rc<Inner<E>>,
+}
+
+impl<E: Env> Clone for Node<E> {
+    fn clone(&self) -> Self {
+        Self { inner: self.inner.clone() }
+    }
+}
+
+/// Makes the pool of a founding node: an explicit act of an administrator, once. Never called by
+/// starting a node.
+///
+/// # Errors
+/// [`StartNodeError`]; nothing is written unless everything in the configuration is right.
+pub async fn format<E: Env>(
+    env: &E,
+    config: &NodeConfig,
+    create_bytes: Option<u64>,
+    overwrite_foreign: bool,
+) -> Result<PoolId, StartNodeError> {
+    check(config)?;
+    let options = FormatOptions {
+        cluster: config.cluster,
+        node: config.node,
+        create: create_bytes,
+        overwrite_foreign,
+    };
+    let id = Pool::format(env, &config.pool, options).await?;
+    let (pool, _) = open(env, config, Some(id)).await?;
+    let nodes = config.founders.iter().map(|founder| founder.node.0).collect();
+    let descriptor = ReplicaDescriptor {
+        replica: cluster_replica(config.node),
+        family: FamilyId::CLUSTER,
+        volume: VolumeId::default(),
+        bytes: ClusterFoundingV1 { nodes }.encode_to_vec().into(),
+    };
+    pool.create_replica(descriptor).await?;
+    if let Err(error) = pool.close().await {
+        tracing::warn!(%error, "checkpoint of the fresh pool failed; its log has everything");
+    }
+    Ok(id)
+}
+
+fn check(config: &NodeConfig) -> Result<&Founder, StartNodeError> {
+    let ids: BTreeSet<NodeId> = config.founders.iter().map(|founder| founder.node).collect();
+    let count = config.founders.len();
+    if ids.len() != count || ![1, 3, 5].contains(&count) {
+        return Err(StartNodeError::FoundersInvalid(count));
+    }
+    config.own().ok_or(StartNodeError::NodeNotListed(config.node))
+}
+
+async fn open<E: Env>(
+    env: &E,
+    config: &NodeConfig,
+    pool: Option<PoolId>,
+) -> Result<(Pool<E>, RecoveryReport), StartNodeError> {
+    let expect = PoolExpectation { cluster: config.cluster, node: config.node, pool };
+    Pool::open(env.clone(), &config.pool, expect).await.map_err(|problem| {
+        StartNodeError::OpenPool { path: config.pool.display().to_string(), problem }
+    })
+}
+
+impl<E: Env> Node<E> {
+    /// Opens the pool and starts everything on it. Returns when the node listens; its groups may
+    /// not have leaders yet.
+    ///
+    /// # Errors
+    /// [`StartNodeError`].
+    pub async fn start(env: E, config: NodeConfig) -> Result<Self, StartNodeError> {
+        let own = check(&config)?.clone();
+        let (pool, recovery) = open(&env, &config, None).await?;
+        tracing::info!(node = %config.node, pool = %pool.id(), boot = pool.boot_counter(),
+            ?recovery, "pool is open");
+        let identity = Identity {
+            cluster: config.cluster,
+            node: config.node,
+            pool: pool.id(),
+            boot: pool.boot_counter(),
+            incarnation: env.random_u64() | 1,
+        };
+        let buffers = BufferPool::default();
+        let links = Links::new(env.clone(), identity, buffers.clone());
+        let transfers = Rc::<Transfers<E>>::default();
+        let cluster = start_cluster_group(&env, &config, &pool, &links, &transfers).await?;
+        let inner = Rc::new(Inner {
+            env,
+            config,
+            links,
+            pool,
+            recovery,
+            buffers,
+            transfers,
+            cluster,
+            families: RefCell::default(),
+            changing: RefCell::default(),
+            attachments: RefCell::default(),
+            boots: RefCell::default(),
+            room: RoomTable::default(),
+            nbd_addresses: RefCell::default(),
+            peer_address: RefCell::default(),
+            stopping: watch::Sender::new(false),
+            announced: Cell::new(false),
+            tasks: RefCell::default(),
+        });
+        let node = Self { inner };
+        node.listen(&own).await?;
+        node.run_background();
+        Ok(node)
+    }
+
+    async fn listen(&self, own: &Founder) -> Result<(), StartNodeError> {
+        let inner = &self.inner;
+        let env = &inner.env;
+        let bind = async |address: &Address| {
+            let failed = |problem| StartNodeError::Listen { address: address.clone(), problem };
+            env.listen(address).await.map_err(failed)
+        };
+        let handler = server::Server::of(inner);
+        let listener = bind(&own.peer_address).await?;
+        *inner.peer_address.borrow_mut() = Some(listener.address());
+        self.keep(inner.links.clone().accept(listener, handler.clone()));
+        for founder in &inner.config.founders {
+            if founder.node != own.node {
+                let address = founder.peer_address.clone();
+                inner.links.dial(founder.node, address, handler.clone());
+            }
+        }
+        for address in &inner.config.nbd_listen {
+            let listener = bind(address).await?;
+            inner.nbd_addresses.borrow_mut().push(listener.address());
+            self.keep(nbd_target::accept(Rc::downgrade(inner), listener));
+        }
+        Ok(())
+    }
+
+    fn run_background(&self) {
+        let weak = || Rc::downgrade(&self.inner);
+        self.keep(reconcile::run(weak()));
+        self.keep(room::tell(weak()));
+        self.keep(keep_retention(weak()));
+    }
+
+    fn keep(&self, future: impl Future<Output = ()> + 'static) {
+        let task = OwnedTask(self.inner.env.spawn(future));
+        self.inner.tasks.borrow_mut().push(task);
+    }
+
+    /// Stops serving, stops the groups, checkpoints and closes the pool.
+    pub async fn stop(&self) {
+        let inner = &self.inner;
+        inner.stopping.send_replace(true);
+        inner.tasks.borrow_mut().clear();
+        let families = std::mem::take(&mut *inner.families.borrow_mut());
+        for family in families.values() {
+            family.stop().await;
+        }
+        inner.cluster.group().stop().await;
+        inner.links.hang_up();
+        if let Err(error) = inner.pool.close().await {
+            tracing::warn!(%error, "last checkpoint failed; the log has everything");
+        }
+    }
+
+    /// Turns `Some` when the pool fails: the node must then end.
+    pub fn failure(&self) -> watch::Receiver<Option<PoolFailure>> {
+        self.inner.pool.failure()
+    }
+
+    /// Where NBD clients connect.
+    pub fn nbd_addresses(&self) -> Vec<Address> {
+        self.inner.nbd_addresses.borrow().clone()
+    }
+
+    /// Who this process is.
+    pub fn identity(&self) -> Identity {
+        *self.inner.links.identity()
+    }
+
+    /// What opening the pool found.
+    pub fn recovery(&self) -> &RecoveryReport {
+        &self.inner.recovery
+    }
+
+    /// The pool.
+    pub fn pool(&self) -> &Pool<E> {
+        &self.inner.pool
+    }
+
+    /// The family's member on this node, if it runs.
+    pub fn family(&self, family: FamilyId) -> Option<Family<E>> {
+        self.inner.families.borrow().get(&family).cloned()
+    }
+
+    /// The cluster group's member.
+    pub fn cluster(&self) -> &ClusterGroup<E> {
+        &self.inner.cluster
+    }
+}
+
+async fn start_cluster_group<E: Env>(
+    env: &E,
+    config: &NodeConfig,
+    pool: &Pool<E>,
+    links: &Rc<Links<E>>,
+    transfers: &Rc<Transfers<E>>,
+) -> Result<ClusterGroup<E>, StartNodeError> {
+    let id = cluster_replica(config.node);
+    let replica = pool
+        .replica(id)
+        .ok_or_else(|| StartNodeError::ClusterReplicaMissing(config.pool.display().to_string()))?;
+    let net = raft_net(env, links, transfers, FamilyId::CLUSTER, id);
+    let machine = Rc::new(RefCell::new(ClusterMachine::new(config.cluster)));
+    let checkpoint = checkpoint_of(pool);
+    let group =
+        Group::start(env.clone(), replica, machine.clone(), net, config.raft, checkpoint).await?;
+    Ok(ClusterGroup::new(env.clone(), links.clone(), group, machine, &config.founders))
+}
+
+/// The network of one group.
+pub(crate) fn raft_net<E: Env>(
+    env: &E,
+    links: &Rc<Links<E>>,
+    transfers: &Rc<Transfers<E>>,
+    family: FamilyId,
+    from: ReplicaId,
+) -> RaftNet<E> {
+    RaftNet { env: env.clone(), links: links.clone(), family, from, transfers: transfers.clone() }
+}
+
+/// How groups make the pool checkpoint.
+pub(crate) fn checkpoint_of<E: Env>(pool: &Pool<E>) -> Checkpoint {
+    let pool = pool.clone();
+    Rc::new(move || {
+        let pool = pool.clone();
+        Box::pin(async move { pool.checkpoint().await.map_err(io::Error::other) })
+    })
+}
+
+async fn keep_retention<E: Env>(node: std::rc::Weak<Inner<E>>) {
+    loop {
+        let Some(inner) = node.upgrade() else { return };
+        let env = inner.env.clone();
+        let keep = inner.config.retention_bytes;
+        let families: Vec<_> = inner.families.borrow().values().cloned().collect();
+        let cluster = inner.cluster.group().clone();
+        drop(inner);
+        for family in families {
+            family.group().trim_log(&env, keep).await;
+        }
+        cluster.trim_log(&env, keep).await;
+        env.sleep(RETENTION_INTERVAL).await;
+    }
+}

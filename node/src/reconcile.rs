@@ -1,0 +1,219 @@
+//! Makes this node what the cluster group says it should be, again and again.
+//!
+//! Each step is idempotent and looks at what is there: a crash between any two is made good by the
+//! next round. A replica is made only while the cluster knows it as "creating", so a pool that
+//! lost one never makes it anew under the same id (hazard F5).
+
+use std::collections::BTreeMap;
+use std::rc::{Rc, Weak};
+use std::time::Duration;
+
+use ballast_cluster::{
+    Command, NodeBooted, PoolSpace, RegisterNode, Replica, ReplicaState, Reply, Volume, VolumePhase,
+};
+use ballast_env::Env;
+use ballast_raft_store::types::Member;
+use ballast_volume::command::{FamilyCommand, ResizeV1};
+use ballast_volume::state::FoundingV1;
+
+use crate::node::Inner;
+
+/// How long a round waits for a change of the cluster's state before it looks anyway.
+const ROUND_MAX: Duration = Duration::from_secs(1);
+const RETRY_PAUSE: Duration = Duration::from_millis(100);
+
+pub(crate) async fn run<E: Env>(node: Weak<Inner<E>>) {
+    let Some(inner) = node.upgrade() else { return };
+    start_existing(&inner).await;
+    form_cluster(&inner).await;
+    let mut applied = inner.cluster.group().applied();
+    drop(inner);
+    loop {
+        let Some(inner) = node.upgrade() else { return };
+        let env = inner.env.clone();
+        applied.borrow_and_update();
+        if !inner.announced.get() {
+            announce(&inner).await;
+        }
+        if inner.announced.get() {
+            round(&inner).await;
+        }
+        drop(inner);
+        tokio::select! {
+            biased;
+            _ = applied.changed() => {}
+            () = env.sleep(ROUND_MAX) => {}
+        }
+    }
+}
+
+/// What is on the pool runs at once: it needs no quorum of the cluster group to serve.
+async fn start_existing<E: Env>(inner: &Rc<Inner<E>>) {
+    for replica in inner.pool.replicas() {
+        let family = replica.family();
+        if family == ballast_block::FamilyId::CLUSTER {
+            continue;
+        }
+        // A member joins in only once its creation was confirmed; that may not be known here yet.
+        let known = inner.cluster.state().replica(replica.id()).map(|replica| replica.state);
+        if known == Some(ReplicaState::Ready) {
+            inner.start_family(replica).await;
+        }
+    }
+}
+
+async fn form_cluster<E: Env>(inner: &Rc<Inner<E>>) {
+    let lowest = inner.config.founders.iter().map(|founder| founder.node).min();
+    if lowest == Some(inner.config.node) {
+        let _ = inner.cluster.form().await;
+    }
+}
+
+/// Tells the cluster that this node is there, with this start of its pool.
+async fn announce<E: Env>(inner: &Rc<Inner<E>>) {
+    let Some(own) = inner.config.own() else { return };
+    let register = Command::RegisterNode(RegisterNode {
+        node: own.node,
+        name: own.name.clone(),
+        peer_address: own.peer_address.to_string(),
+        labels: BTreeMap::new(),
+    });
+    let identity = inner.links.identity();
+    let booted = Command::NodeBooted(NodeBooted {
+        node: own.node,
+        pool: identity.pool,
+        boot_counter: identity.boot,
+        incarnation: identity.incarnation,
+        space: space(inner),
+    });
+    for command in [register, booted] {
+        match inner.cluster.propose(&command).await {
+            Ok(Reply::Done) => {}
+            Ok(Reply::PoolRolledBack { pool, known, reported, .. }) => {
+                tracing::error!(%pool, known, reported,
+                    "pool has been rolled back: its replicas are lost, give this node a fresh pool");
+                return inner.env.sleep(ROUND_MAX).await;
+            }
+            Ok(reply) => {
+                tracing::error!(?reply, "the cluster does not take this node");
+                return inner.env.sleep(ROUND_MAX).await;
+            }
+            Err(error) => {
+                tracing::debug!(%error, "can't announce this node yet");
+                return inner.env.sleep(RETRY_PAUSE).await;
+            }
+        }
+    }
+    inner.announced.set(true);
+    tracing::info!(node = %own.node, "node is part of the cluster");
+}
+
+fn space<E: Env>(inner: &Inner<E>) -> PoolSpace {
+    let space = inner.pool.space();
+    PoolSpace { capacity_bytes: space.total, used_bytes: space.used }
+}
+
+async fn round<E: Env>(inner: &Rc<Inner<E>>) {
+    let own: Vec<(Replica, Option<Volume>)> = {
+        let state = inner.cluster.state();
+        let own = state.replicas_on(inner.config.node).cloned();
+        own.map(|replica| {
+            let volume = state.volume_of_family(replica.family).cloned();
+            (replica, volume)
+        })
+        .collect()
+    };
+    for (replica, volume) in own {
+        match (replica.state, volume) {
+            (ReplicaState::Creating, Some(volume)) => create(inner, &replica, &volume).await,
+            (ReplicaState::Ready, Some(volume)) => keep(inner, &replica, &volume).await,
+            (ReplicaState::Removing, _) => remove(inner, &replica).await,
+            _ => {}
+        }
+    }
+    report_pool(inner).await;
+}
+
+async fn report_pool<E: Env>(inner: &Rc<Inner<E>>) {
+    let now = space(inner);
+    let pool = inner.links.identity().pool;
+    let worth = {
+        let state = inner.cluster.state();
+        state.pool(pool).filter(|known| known.space.worth_reporting(&now)).map(|known| known.state)
+    };
+    if let Some(state) = worth {
+        let _ = inner.cluster.propose(&Command::ReportPool { pool, space: now, state }).await;
+    }
+}
+
+async fn create<E: Env>(inner: &Rc<Inner<E>>, replica: &Replica, volume: &Volume) {
+    let founding = FoundingV1 { name: volume.name.clone(), size: volume.size_bytes };
+    match inner.make_replica(replica.id, replica.family, volume.id, founding).await {
+        Ok(()) => {
+            let _ = inner.cluster.propose(&Command::ReplicaReady { replica: replica.id }).await;
+        }
+        Err(reason) => tracing::error!(replica = %replica.id, reason, "replica can't be made"),
+    }
+}
+
+async fn keep<E: Env>(inner: &Rc<Inner<E>>, replica: &Replica, volume: &Volume) {
+    let running = inner.families.borrow().contains_key(&replica.family);
+    if !running {
+        match inner.pool.replica(replica.id) {
+            Some(stored) => inner.start_family(stored).await,
+            None => {
+                tracing::error!(replica = %replica.id, volume = volume.name,
+                    "replica is missing on this node's pool: it is lost, never made anew");
+                return;
+            }
+        }
+    }
+    if volume.phase == VolumePhase::Creating {
+        form(inner, replica, volume).await;
+    }
+    grow(inner, volume).await;
+}
+
+/// Forms the family's Raft group, once all its replicas are there; done by the lowest of them.
+async fn form<E: Env>(inner: &Rc<Inner<E>>, own: &Replica, volume: &Volume) {
+    let members: BTreeMap<u64, Member> = {
+        let state = inner.cluster.state();
+        let mut all = state.replicas_of(volume.family);
+        if !all.all(|replica| replica.state == ReplicaState::Ready) {
+            return;
+        }
+        let all = state.replicas_of(volume.family);
+        all.map(|replica| (replica.id.0, Member { node: replica.node })).collect()
+    };
+    if members.keys().next() != Some(&own.id.0) {
+        return;
+    }
+    let family = inner.families.borrow().get(&volume.family).cloned();
+    let Some(family) = family else { return };
+    if family.group().initialize(members).await.is_ok() {
+        let formed = Command::FamilyFormed { family: volume.family };
+        let _ = inner.cluster.propose(&formed).await;
+    }
+}
+
+/// The family's own log decides on the size that writes are checked against.
+async fn grow<E: Env>(inner: &Rc<Inner<E>>, volume: &Volume) {
+    let family = inner.families.borrow().get(&volume.family).cloned();
+    let Some(family) = family else { return };
+    if family.group().leading_term().is_none() || family.state().size() >= volume.size_bytes {
+        return;
+    }
+    let resize = FamilyCommand::Resize(ResizeV1 { size: volume.size_bytes });
+    if let Err(error) = family.control(resize).await {
+        tracing::debug!(volume = volume.name, %error, "can't grow yet");
+    }
+}
+
+async fn remove<E: Env>(inner: &Rc<Inner<E>>, replica: &Replica) {
+    match inner.remove_replica(replica.family, replica.id).await {
+        Ok(()) => {
+            let _ = inner.cluster.propose(&Command::ReplicaRemoved { replica: replica.id }).await;
+        }
+        Err(reason) => tracing::error!(replica = %replica.id, reason, "replica can't be removed"),
+    }
+}
