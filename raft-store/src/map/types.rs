@@ -27,8 +27,9 @@ impl fmt::Display for PageAddress {
     }
 }
 
-/// Largest page, in bytes; pages are written back to back, not padded to blocks.
-pub const PAGE_BYTES_MAX: usize = 64 << 10;
+/// Largest page, in bytes; pages are written back to back, not padded to blocks. Most are below
+/// 16 KiB; only the directory entry of a MiB with millions of versions gets near.
+pub const PAGE_BYTES_MAX: usize = 256 << 10;
 
 /// A page could not be read or queued, in the words of the layer below.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]

@@ -1,0 +1,5 @@
+//! Tests of the map against a dumb model, its formats, its bounds.
+
+mod disk;
+mod model;
+mod random;
