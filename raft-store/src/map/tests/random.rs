@@ -8,7 +8,7 @@ use ballast_block::{BlockRange, BranchId, Sequence};
 
 use super::disk::{Accounts, Disk};
 use super::model::{Data, Model, ModelBranch};
-use crate::map::{ExtentMap, FrozenMap, Move, PageCache, PinId, ROOT_BRANCH, RunContent, turn};
+use crate::map::{ExtentMap, FrozenMap, Move, PageCache, PinId, Run, RunContent, turn};
 use crate::place::Place;
 
 /// A small generator of pseudo-random numbers: the seed is the whole input.
@@ -108,11 +108,13 @@ impl Family {
     }
 
     fn apply(&mut self, entry: &Logged) {
+        self.apply_to_model(entry);
+        apply_to_map(&self.map, entry);
+    }
+
+    fn apply_to_model(&mut self, entry: &Logged) {
         match *entry {
             Logged::Write { branch, sequence, start, place, ref crcs } => {
-                let range = BlockRange::new(start, crcs.len() as u32);
-                let (id, number) = (BranchId(branch), Sequence(sequence));
-                self.map.write(id, number, range, Place(place), crcs);
                 for (i, &crc) in (0..).zip(crcs) {
                     self.blocks.insert(start + i);
                     let data = Data { place: place + i, crc };
@@ -121,28 +123,24 @@ impl Family {
                 }
             }
             Logged::Trim { branch, sequence, start, count } => {
-                self.map.trim(BranchId(branch), Sequence(sequence), start, count);
                 for &block in self.blocks.range(start..start + count) {
                     self.model.versions.insert((block, branch, sequence), None);
                 }
             }
             Logged::Snapshot { branch, sequence } => {
-                self.map.add_snapshot(BranchId(branch), Sequence(sequence));
                 self.snapshots.push((branch, sequence));
                 self.model.views.push((branch, sequence));
             }
             Logged::Unsnapshot { branch, sequence } => {
-                assert!(self.map.remove_snapshot(BranchId(branch), Sequence(sequence)));
                 self.snapshots.retain(|&one| one != (branch, sequence));
                 self.forget((branch, sequence));
             }
             Logged::Fork { parent, sequence } => {
-                let id = self.map.fork(BranchId(parent), Sequence(sequence));
                 let branch = ModelBranch { parent: Some((parent, sequence)), head: true };
-                self.model.branches.insert(id.0, branch);
+                let id = self.model.branches.keys().next_back().unwrap() + 1;
+                self.model.branches.insert(id, branch);
             }
             Logged::Retire { branch } => {
-                self.map.retire_branch(BranchId(branch));
                 self.model.branches.get_mut(&branch).unwrap().head = false;
             }
         }
@@ -159,6 +157,11 @@ impl Family {
     }
 
     fn write(&mut self) {
+        let entry = self.some_write();
+        self.log(entry);
+    }
+
+    fn some_write(&mut self) -> Logged {
         let (start, count) = self.some_range();
         let branch = self.some_head();
         self.sequence += 1 + self.dice.roll(2);
@@ -166,7 +169,7 @@ impl Family {
         self.next_place += count + self.dice.roll(2);
         let crcs = (0..count).map(|_| self.dice.roll(1 << 32) as u32).collect();
         let sequence = self.sequence;
-        self.log(Logged::Write { branch, sequence, start, place, crcs });
+        Logged::Write { branch, sequence, start, place, crcs }
     }
 
     fn trim(&mut self) {
@@ -302,7 +305,11 @@ impl Family {
         let asked = (at < u64::MAX - 1).then_some(Sequence(at));
         let range = BlockRange::new(start, count as u32);
         let runs = self.map.lookup(BranchId(branch), asked, range).await.unwrap();
-        let mut block = start;
+        self.check(branch, at, (start, start + count), &runs);
+    }
+
+    fn check(&self, branch: u32, at: u64, range: (u64, u64), runs: &[Run]) {
+        let mut block = range.0;
         for run in runs {
             assert_eq!(run.start, block);
             for i in 0..u64::from(run.count) {
@@ -321,7 +328,7 @@ impl Family {
                 block += 1;
             }
         }
-        assert_eq!(block, start + count);
+        assert_eq!(block, range.1);
     }
 
     async fn compare_all(&self) {
@@ -383,28 +390,24 @@ impl Family {
     /// Merging while others write and read.
     async fn merge_busy(&mut self) {
         let target = self.dice.roll(4000) as usize;
-        let map = std::mem::replace(
-            &mut self.map,
-            ExtentMap::new(self.disk.clone(), &PageCache::new(1 << 20)),
-        );
-        let map = Rc::new(map);
+        let none = ExtentMap::new(self.disk.clone(), &PageCache::new(0));
+        let map = Rc::new(std::mem::replace(&mut self.map, none));
         let merging = map.clone();
-        let turns = self.dice.roll(30);
         let merge = async move { merging.merge(target).await.unwrap() };
-        let reads = async {
-            let mut answers = Vec::new();
-            for i in 0..turns {
+        let busy = async {
+            for _ in 0..self.dice.roll(30) {
                 turn().await;
-                let range = BlockRange::new(SPOTS[(i % 6) as usize], 280);
-                answers.push((range, map.lookup(ROOT_BRANCH, None, range).await.unwrap()));
+                let entry = self.some_write();
+                let Logged::Write { branch, start, ref crcs, .. } = entry else { unreachable!() };
+                let (branch, range) = (BranchId(branch), BlockRange::new(start, crcs.len() as u32));
+                self.apply_to_model(&entry);
+                apply_to_map(&map, &entry);
+                let runs = map.lookup(branch, None, range).await.unwrap();
+                self.check(branch.0, u64::MAX - 1, (range.start, range.end()), &runs);
+                self.log.push(entry);
             }
-            answers
         };
-        let (_, answers) = futures_util::future::join(merge, reads).await;
-        for (range, runs) in answers {
-            let again = map.lookup(ROOT_BRANCH, None, range).await.unwrap();
-            assert_eq!(runs, again, "nothing was written meanwhile");
-        }
+        futures_util::future::join(merge, busy).await;
         self.map = Rc::into_inner(map).unwrap();
     }
 
@@ -426,6 +429,28 @@ impl Family {
             980..990 => self.account().await,
             _ => self.compare_all().await,
         }
+    }
+}
+
+fn apply_to_map(map: &ExtentMap<Disk>, entry: &Logged) {
+    match *entry {
+        Logged::Write { branch, sequence, start, place, ref crcs } => {
+            let range = BlockRange::new(start, crcs.len() as u32);
+            map.write(BranchId(branch), Sequence(sequence), range, Place(place), crcs);
+        }
+        Logged::Trim { branch, sequence, start, count } => {
+            map.trim(BranchId(branch), Sequence(sequence), start, count);
+        }
+        Logged::Snapshot { branch, sequence } => {
+            map.add_snapshot(BranchId(branch), Sequence(sequence));
+        }
+        Logged::Unsnapshot { branch, sequence } => {
+            assert!(map.remove_snapshot(BranchId(branch), Sequence(sequence)));
+        }
+        Logged::Fork { parent, sequence } => {
+            map.fork(BranchId(parent), Sequence(sequence));
+        }
+        Logged::Retire { branch } => map.retire_branch(BranchId(branch)),
     }
 }
 
