@@ -170,7 +170,11 @@ impl<E: Env> Group<E> {
             .map_err(|error| refused(error.to_string()))?;
         let start = env.now();
         // A replica without a vote has never granted a lease: it need not wait one out.
-        let quiet_until = if fresh { start } else { start.after(settings.election_max) };
+        // Spread, so that after a start of all nodes at once not all campaign at once.
+        let spread = settings.election_max.saturating_sub(settings.election_min);
+        let spread = spread.mul_f64((env.random_u64() % 1000) as f64 / 1000.0);
+        let quiet = settings.election_max + spread;
+        let quiet_until = if fresh { start } else { start.after(quiet) };
         let gate = ReadGate::new(env.clone(), raft.clone(), replica.clone(), settings.election_max);
         let inner = Inner {
             env,
