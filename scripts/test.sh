@@ -77,7 +77,7 @@ export BALLAST_SIM_SEED=${BALLAST_SIM_SEED:-$(commit_seed)}
 
 stage tools scripts/install-test-tools.sh
 stage format cargo fmt --all --check
-test_stage tidy cargo test --quiet -p ballast-tidy
+test_stage tidy cargo test -p ballast-tidy
 stage dependencies cargo deny check --hide-inclusion-graph bans licenses sources
 stage clippy cargo clippy --workspace --all-targets --locked -- -D warnings
 stage docs env RUSTDOCFLAGS='-D warnings' \
@@ -88,5 +88,6 @@ echo "simulator seed of this commit: BALLAST_SIM_SEED=$BALLAST_SIM_SEED"
 test_stage simulator cargo test -p ballast-sim --locked
 stage programs cargo build --workspace --bins --locked
 # One at a time: each wants the machine's two cores, and some measure stalls.
-test_stage processes cargo test -p ballast-e2e --locked -- --test-threads=1
+# The tests of Ballast itself join when the daemon serves volumes.
+test_stage processes cargo test -p ballast-e2e --locked --lib --test peers -- --test-threads=1
 current=

@@ -309,6 +309,25 @@ impl Cluster {
         });
     }
 
+    /// Reads the whole of `demo` from each node's own replica, by letting each lead in turn, and
+    /// compares.
+    ///
+    /// # Panics
+    /// When two replicas differ.
+    #[track_caller]
+    pub fn assert_replicas_are_equal(&self) {
+        let nodes: Vec<u32> = self.replicas("demo").iter().map(|replica| replica.node).collect();
+        let mut sums = Vec::new();
+        for node in nodes {
+            self.wait_in_sync("demo");
+            self.move_leader("demo", node);
+            let read = format!("nbdcopy '{}' - | sha256sum", self.uri(node));
+            sums.push((node, process::run("bash", &["-o", "pipefail", "-c", &read])));
+            assert_eq!(self.leader("demo"), node, "the leader moved during the comparison");
+        }
+        assert!(sums.windows(2).all(|pair| pair[0].1 == pair[1].1), "replicas differ: {sums:?}");
+    }
+
     /// The metrics page of a node.
     ///
     /// # Panics

@@ -17,6 +17,7 @@ pub struct Verify {
     process: Running,
     lines: Receiver<Value>,
     latest: Value,
+    connected: String,
     /// Times at which connections broke, in milliseconds since 1970.
     pub lost: Vec<u64>,
 }
@@ -51,23 +52,35 @@ impl Verify {
                 }
             }
         });
-        Verify { process, lines, latest: Value::Null, lost: Vec::new() }
+        Verify { process, lines, latest: Value::Null, connected: String::new(), lost: Vec::new() }
     }
 
     /// Takes the next line; false when there will be none.
     fn take(&mut self, limit: Duration) -> Option<Value> {
         match self.lines.recv_timeout(limit) {
             Ok(value) => {
-                match value["event"].as_str() {
-                    Some("progress") => self.latest = value.clone(),
-                    Some("lost") => self.lost.push(value["unix_ms"].as_u64().unwrap_or(0)),
-                    _ => {}
-                }
+                self.note(&value);
                 Some(value)
             }
             Err(RecvTimeoutError::Timeout) => Some(Value::Null),
             Err(RecvTimeoutError::Disconnected) => None,
         }
+    }
+
+    fn note(&mut self, value: &Value) {
+        match value["event"].as_str() {
+            Some("progress") => self.latest = value.clone(),
+            Some("connected") => {
+                self.connected = value["uri"].as_str().unwrap_or_default().to_string();
+            }
+            Some("lost") => self.lost.push(value["unix_ms"].as_u64().unwrap_or(0)),
+            _ => {}
+        }
+    }
+
+    /// The address of the last connection that was made.
+    pub fn served_by(&self) -> &str {
+        &self.connected
     }
 
     /// Writes acknowledged so far, as of the last line that was taken.
@@ -83,9 +96,7 @@ impl Verify {
     pub fn progress(&mut self, more: u64, seconds: u64) {
         // What is in the channel now was said before.
         while let Ok(value) = self.lines.try_recv() {
-            if value["event"] == "progress" {
-                self.latest = value;
-            }
+            self.note(&value);
         }
         let goal = self.writes() + more;
         self.until(&format!("{more} more writes"), seconds, |value| {

@@ -1,0 +1,45 @@
+//! A follower that hangs: neither slows the others nor makes them grow.
+
+use ballast_e2e::cluster::{Cluster, MIB};
+use ballast_e2e::process::resident_bytes;
+use ballast_e2e::times;
+use ballast_e2e::verify::{Verify, unix_ms};
+use nix::sys::signal::Signal;
+
+/// Growth of a node's memory that is allowed while a peer hangs: what may wait for one peer, and
+/// as much again for what the allocator keeps.
+const GROWTH: u64 = 256 * MIB;
+
+#[test]
+fn a_stopped_follower_slows_nobody_and_catches_up() {
+    let cluster = Cluster::start("pause");
+    cluster.move_leader("demo", 1);
+    let load = ["--expect-zeroes", "--span-mib", "256", "--reads", "0", "--depth", "32"];
+    let mut verify = Verify::start(&cluster.scratch, &[&cluster.uri(1)], &load);
+    verify.progress(2000, 60);
+    let before: Vec<u64> = [1, 2].map(|id| resident_bytes(cluster.node(id).pid)).to_vec();
+    cluster.signal(3, Signal::SIGSTOP);
+    let from = unix_ms();
+    let end = from + 1000 * times(15, 60) as u64;
+    let mut peak = before.clone();
+    while unix_ms() < end {
+        verify.progress(100, 15);
+        for (index, id) in [1, 2].into_iter().enumerate() {
+            peak[index] = peak[index].max(resident_bytes(cluster.node(id).pid));
+        }
+    }
+    let to = unix_ms();
+    cluster.signal(3, Signal::SIGCONT);
+    cluster.wait_in_sync("demo");
+    verify.progress(100, 60);
+    let report = verify.finish();
+    report.assert_ok();
+    println!("resident before {before:?}, at most {peak:?}");
+    for (before, peak) in before.iter().zip(&peak) {
+        assert!(*peak < before + GROWTH, "memory grew from {before} to {peak}");
+    }
+    let stall = report.longest_stall_between(from, to);
+    println!("longest stall {stall} ms");
+    assert!(stall <= 1000, "a stall of {stall} ms while a follower hung");
+    cluster.assert_replicas_are_equal();
+}
