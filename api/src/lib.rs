@@ -1,7 +1,12 @@
-//! The administration interface: the proto files, and the client and server generated from them.
+//! The administration interface: the proto files, the client and server generated from them, and a
+//! client that finds a node that answers.
 //!
 //! Never converts to or from the types of other crates: `node` does, where it implements the
 //! service. Not on the write path. `docs/api.md` is the page for users.
+
+pub mod client;
+
+pub use client::{Client, EndpointError};
 
 /// `ballast.v1`, as generated: see `proto/ballast/v1/admin.proto` for what each thing means.
 #[allow(missing_docs, clippy::all, clippy::disallowed_methods, clippy::disallowed_types)]

@@ -1,0 +1,234 @@
+//! A client that asks the nodes in turn until one answers.
+//!
+//! Right because every request may be repeated (see the proto): one whose outcome is unknown is
+//! asked again at the next node. A node that answers with anything but "unavailable" has answered.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use thiserror::Error;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Request, Response, Status};
+
+use crate::v1;
+use crate::v1::admin_client::AdminClient;
+
+/// How long one node may take to accept a connection: a node that is up does so in milliseconds,
+/// and the next node is waiting to be asked.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long one node may take to answer, unless told otherwise: longer than the election after the
+/// loss of a leader.
+pub const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A list of endpoints that can't be used.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum EndpointError {
+    /// Nothing to ask.
+    #[error("no endpoint was given: give at least one, such as http://127.0.0.1:7400")]
+    None,
+    /// Not a URL of a node.
+    #[error("endpoint {0:?} is not valid: use http://HOST:PORT")]
+    Invalid(String),
+    /// Encrypted connections are not supported by this build.
+    #[error("endpoint {0:?} asks for TLS, which this build does not support: use http://HOST:PORT")]
+    Tls(String),
+}
+
+/// Asks the nodes in turn, first the one that answered last. Clones share that memory.
+#[derive(Clone)]
+pub struct Client {
+    nodes: Arc<[Node]>,
+    answered_last: Arc<AtomicUsize>,
+    call_timeout: Duration,
+}
+
+struct Node {
+    url: String,
+    admin: AdminClient<Channel>,
+}
+
+impl Client {
+    /// Connects when first used. Each endpoint is `http://HOST:PORT` or `HOST:PORT`.
+    ///
+    /// # Errors
+    /// [`EndpointError`] when there is none, or one can't be used.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn new<S: AsRef<str>>(
+        endpoints: impl IntoIterator<Item = S>,
+    ) -> Result<Self, EndpointError> {
+        let nodes: Vec<Node> = endpoints
+            .into_iter()
+            .map(|endpoint| Node::new(endpoint.as_ref()))
+            .collect::<Result<_, _>>()?;
+        if nodes.is_empty() {
+            return Err(EndpointError::None);
+        }
+        let answered_last = Arc::new(AtomicUsize::new(0));
+        Ok(Self { nodes: nodes.into(), answered_last, call_timeout: CALL_TIMEOUT })
+    }
+
+    /// Changes how long each node may take to answer.
+    pub fn with_call_timeout(mut self, call_timeout: Duration) -> Self {
+        self.call_timeout = call_timeout;
+        self
+    }
+
+    /// Every volume, by name: all pages.
+    ///
+    /// # Errors
+    /// As the other calls.
+    pub async fn all_volumes(&self) -> Result<Vec<v1::Volume>, Status> {
+        let mut volumes = Vec::new();
+        let mut page_token = String::new();
+        loop {
+            let request = v1::ListVolumesRequest { page_size: 0, page_token: page_token.clone() };
+            let page = self.list_volumes(request).await?;
+            volumes.extend(page.volumes);
+            if page.next_page_token.is_empty() {
+                return Ok(volumes);
+            }
+            if page.next_page_token == page_token {
+                return Err(Status::internal("the list of volumes does not end: report this bug"));
+            }
+            page_token = page.next_page_token;
+        }
+    }
+
+    async fn call<Q, A, F>(
+        &self,
+        request: Q,
+        method: impl Fn(AdminClient<Channel>, Request<Q>) -> F,
+    ) -> Result<A, Status>
+    where
+        Q: Clone,
+        F: Future<Output = Result<Response<A>, Status>>,
+    {
+        let first = self.answered_last.load(Ordering::Relaxed);
+        let mut failures = Vec::new();
+        for turn in 0..self.nodes.len() {
+            let index = (first + turn) % self.nodes.len();
+            let node = &self.nodes[index];
+            let mut request = Request::new(request.clone());
+            request.set_timeout(self.call_timeout);
+            match method(node.admin.clone(), request).await {
+                Err(status) if is_no_answer(&status) => failures.push((&node.url, status)),
+                answer => {
+                    self.answered_last.store(index, Ordering::Relaxed);
+                    return answer.map(Response::into_inner);
+                }
+            }
+        }
+        Err(no_answer(&failures))
+    }
+}
+
+macro_rules! calls {
+    ($($(#[$doc:meta])* $name:ident($request:ident) -> $response:ident;)*) => {
+        /// The calls of the service, each asked of the nodes in turn.
+        ///
+        /// # Errors
+        /// The status a node answered with; `UNAVAILABLE`, with what each node said, when none
+        /// answered: then the outcome is unknown, and it is right to try again.
+        impl Client {
+            $($(#[$doc])*
+            pub async fn $name(&self, request: v1::$request) -> Result<v1::$response, Status> {
+                let method = |mut admin: AdminClient<Channel>, request| async move {
+                    admin.$name(request).await
+                };
+                self.call(request, method).await
+            })*
+        }
+    };
+}
+
+calls! {
+    /// Creates a volume, or finds the same one.
+    create_volume(CreateVolumeRequest) -> CreateVolumeResponse;
+    /// One volume with its replicas.
+    get_volume(GetVolumeRequest) -> GetVolumeResponse;
+    /// One page of volumes.
+    list_volumes(ListVolumesRequest) -> ListVolumesResponse;
+    /// Deletes a volume. After a retry, `deleted` may be false although the first try did it.
+    delete_volume(DeleteVolumeRequest) -> DeleteVolumeResponse;
+    /// Grows a volume.
+    resize_volume(ResizeVolumeRequest) -> ResizeVolumeResponse;
+    /// Moves a volume's leader.
+    move_leader(MoveLeaderRequest) -> MoveLeaderResponse;
+    /// Replicas of a volume, on a node, or all.
+    list_replicas(ListReplicasRequest) -> ListReplicasResponse;
+    /// All nodes.
+    list_nodes(ListNodesRequest) -> ListNodesResponse;
+    /// One node with its pools.
+    get_node(GetNodeRequest) -> GetNodeResponse;
+    /// Pools of a node, or all.
+    list_pools(ListPoolsRequest) -> ListPoolsResponse;
+    /// How the cluster is.
+    get_status(GetStatusRequest) -> GetStatusResponse;
+    /// How the first node that answers is.
+    health(HealthRequest) -> HealthResponse;
+}
+
+impl Node {
+    fn new(endpoint: &str) -> Result<Self, EndpointError> {
+        let endpoint = endpoint.trim();
+        let invalid = || EndpointError::Invalid(endpoint.to_owned());
+        if endpoint.starts_with("https://") {
+            return Err(EndpointError::Tls(endpoint.to_owned()));
+        }
+        let url = match endpoint.split_once("://") {
+            Some(("http", _)) => endpoint.to_owned(),
+            Some(_) => return Err(invalid()),
+            None => format!("http://{endpoint}"),
+        };
+        let endpoint = Endpoint::from_shared(url.clone()).map_err(|_| invalid())?;
+        let is_node = endpoint.uri().port_u16().is_some_and(|port| port != 0)
+            && endpoint.uri().host().is_some_and(|host| !host.is_empty())
+            && endpoint.uri().path_and_query().is_none_or(|path| path == "/");
+        if !is_node {
+            return Err(invalid());
+        }
+        let channel = endpoint.connect_timeout(CONNECT_TIMEOUT).connect_lazy();
+        Ok(Self { url, admin: AdminClient::new(channel) })
+    }
+}
+
+/// Whether the request may be asked of another node: this one did not answer, or can't.
+fn is_no_answer(status: &Status) -> bool {
+    match status.code() {
+        Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled => true,
+        // A connection that broke: such a status was made here, from the transport's error.
+        Code::Unknown | Code::Internal => std::error::Error::source(status).is_some(),
+        _ => false,
+    }
+}
+
+fn no_answer(failures: &[(&String, Status)]) -> Status {
+    let reasons: Vec<String> =
+        failures.iter().map(|(url, status)| format!("{url}: {}", reason(status))).collect();
+    Status::unavailable(format!(
+        "no node could answer ({}); check that ballastd runs there and that a majority of the \
+         nodes is up, then try again",
+        reasons.join("; ")
+    ))
+}
+
+fn reason(status: &Status) -> String {
+    if status.code() == Code::Cancelled {
+        return "no answer in time".to_owned();
+    }
+    // The transport hides "connection refused" at the end of the chain of sources.
+    let mut text = status.message().to_owned();
+    let mut source = std::error::Error::source(status);
+    while let Some(error) = source {
+        source = error.source();
+        if source.is_none() && !text.contains(&error.to_string()) {
+            text = error.to_string();
+        }
+    }
+    text
+}

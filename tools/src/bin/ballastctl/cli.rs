@@ -1,0 +1,209 @@
+//! The command line.
+
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::size::parse_size;
+
+const EXAMPLES: &str = "\
+Examples:
+  export BALLAST_ENDPOINT=http://10.0.0.1:7400,http://10.0.0.2:7400
+  ballastctl status
+  ballastctl volume create db --size 100GiB --replicas 3 --wait
+  ballastctl volume show db
+  ballastctl -o json volume list
+  ballastctl volume move-leader db --node 2
+  ballastctl volume delete db --yes
+
+Exit codes: 0 done, 1 refused or no answer, 2 wrong usage.";
+
+/// Administer a Ballast cluster.
+#[derive(Debug, Parser)]
+#[command(name = "ballastctl", version, after_help = EXAMPLES, arg_required_else_help = true)]
+pub struct Cli {
+    /// Nodes to ask, in turn, until one answers: http://HOST:PORT[,http://HOST:PORT...]
+    #[arg(
+        long,
+        global = true,
+        env = "BALLAST_ENDPOINT",
+        value_name = "URL[,URL...]",
+        value_delimiter = ',',
+        default_value = "http://127.0.0.1:7400"
+    )]
+    pub endpoint: Vec<String>,
+
+    /// How to print the answer; JSON has stable field names, and sizes in bytes
+    #[arg(short, long, global = true, value_name = "FORMAT", default_value = "table")]
+    pub output: Format,
+
+    /// How long each node may take to answer, and --wait may wait, in seconds
+    #[arg(
+        long,
+        global = true,
+        value_name = "SECONDS",
+        default_value = "10",
+        value_parser = parse_seconds
+    )]
+    pub timeout: Duration,
+
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// How an answer is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people
+    Table,
+    /// For programs
+    Json,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Create, list, show, delete and resize volumes, and move their leaders
+    #[command(subcommand)]
+    Volume(VolumeCommand),
+    /// List and show nodes
+    #[command(subcommand)]
+    Node(NodeCommand),
+    /// List pools
+    #[command(subcommand)]
+    Pool(PoolCommand),
+    /// Whether the cluster is well, and if not, why
+    Status,
+}
+
+/// `ballastctl volume ...`
+#[derive(Debug, Subcommand)]
+pub enum VolumeCommand {
+    /// Create a volume; the same name, size and replicas again is no change
+    #[command(after_help = "Example:\n  ballastctl volume create db --size 100GiB --wait")]
+    Create(CreateVolume),
+    /// List all volumes
+    List,
+    /// Show a volume and its replicas
+    Show {
+        /// Name or id
+        volume: String,
+    },
+    /// Delete a volume and its data, for good; one that is gone is no failure
+    Delete {
+        /// Name or id
+        volume: String,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Grow a volume
+    #[command(after_help = "Example:\n  ballastctl volume resize db --size 200GiB")]
+    Resize {
+        /// Name or id
+        volume: String,
+        /// The new size, such as 200GiB; not under the one it has
+        #[arg(long, value_parser = parse_size, allow_hyphen_values = true)]
+        size: u64,
+    },
+    /// Make a node's replica the leader of a volume
+    MoveLeader {
+        /// Name or id
+        volume: String,
+        /// The node's name or number
+        #[arg(long)]
+        node: String,
+    },
+}
+
+/// `ballastctl volume create ...`
+#[derive(Debug, Args)]
+pub struct CreateVolume {
+    /// 1 to 63 of a-z, 0-9 and '-'
+    pub name: String,
+    /// Size, such as 512MiB or 1TiB
+    #[arg(long, value_parser = parse_size, allow_hyphen_values = true)]
+    pub size: u64,
+    /// Number of copies, on different nodes: 1, 3 or 5
+    #[arg(long, default_value_t = 3)]
+    pub replicas: u32,
+    /// Wait until it can be used
+    #[arg(long)]
+    pub wait: bool,
+}
+
+/// `ballastctl node ...`
+#[derive(Debug, Subcommand)]
+pub enum NodeCommand {
+    /// List all nodes
+    List,
+    /// Show a node and its pools
+    Show {
+        /// Name or number
+        node: String,
+    },
+}
+
+/// `ballastctl pool ...`
+#[derive(Debug, Subcommand)]
+pub enum PoolCommand {
+    /// List the pools of all nodes, or of one
+    List {
+        /// The node's name or number
+        #[arg(long)]
+        node: Option<String>,
+    },
+}
+
+fn parse_seconds(text: &str) -> Result<Duration, String> {
+    match text.parse::<u32>() {
+        Ok(seconds @ 1..=86_400) => Ok(Duration::from_secs(seconds.into())),
+        _ => Err("give whole seconds, 1 to 86400".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+    use clap::error::ErrorKind;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split_whitespace())
+    }
+
+    #[test]
+    fn clap_finds_no_contradiction() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn options_may_stand_anywhere() {
+        let cli = parse("ballastctl volume list -o json --endpoint http://a:1,http://b:2").unwrap();
+        assert_eq!(cli.output, Format::Json);
+        assert_eq!(cli.endpoint, ["http://a:1", "http://b:2"]);
+        let cli = parse("ballastctl --timeout 3 volume create a --size 1GiB").unwrap();
+        assert_eq!(cli.timeout, Duration::from_secs(3));
+        let Command::Volume(VolumeCommand::Create(create)) = cli.command else { panic!() };
+        assert_eq!((create.size, create.replicas, create.wait), (1 << 30, 3, false));
+    }
+
+    #[test]
+    fn wrong_usage() {
+        for (line, kind) in [
+            ("ballastctl volume create a", ErrorKind::MissingRequiredArgument),
+            ("ballastctl volume create a --size 1G", ErrorKind::ValueValidation),
+            ("ballastctl volume create a --size -1GiB", ErrorKind::ValueValidation),
+            ("ballastctl volume create a --size 1GiB --replicas x", ErrorKind::ValueValidation),
+            ("ballastctl volume list -o yaml", ErrorKind::InvalidValue),
+            ("ballastctl volume list --timeout 0", ErrorKind::ValueValidation),
+            ("ballastctl volume frobnicate", ErrorKind::InvalidSubcommand),
+        ] {
+            let error = parse(line).expect_err(line);
+            assert_eq!(error.kind(), kind, "{line}");
+            assert_eq!(error.exit_code(), 2, "{line}");
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! From a command line to requests, and from their answers to text.
+
+use std::time::Duration;
+
+use ballast_api::{Client, EndpointError, v1};
+use thiserror::Error;
+use tonic::{Code, Status};
+
+use crate::cli::{Cli, Command, CreateVolume, Format, NodeCommand, PoolCommand, VolumeCommand};
+use crate::confirm::{self, confirm_delete};
+use crate::render::Answer;
+use crate::view;
+
+/// Time between two looks at a volume that is being created.
+const WAIT_STEP: Duration = Duration::from_millis(200);
+
+/// Why there is no answer.
+#[derive(Debug, Error)]
+pub enum Failure {
+    /// The cluster refused, or nobody answered.
+    #[error("{}", status_text(.0))]
+    Refused(#[from] Box<Status>),
+    /// An endpoint can't be used.
+    #[error("{0} (--endpoint or BALLAST_ENDPOINT)")]
+    Endpoint(#[from] EndpointError),
+    /// An answer lacks what it must have.
+    #[error("the node's answer has no {0}: ballastctl and ballastd do not fit; use one version")]
+    AnswerIncomplete(&'static str),
+    /// Deleting needs a yes.
+    #[error("volume {0:?} was not deleted: there is no terminal to ask on; give --yes")]
+    NobodyToAsk(String),
+    /// The answer was no.
+    #[error("volume {0:?} was not deleted: its name was not typed")]
+    NotConfirmed(String),
+    /// The terminal failed.
+    #[error("terminal can't be read ({0}); give --yes")]
+    Terminal(#[source] std::io::Error),
+    /// `--wait` took too long.
+    #[error(
+        "volume {name:?} was created and is not ready after {} s: see `ballastctl volume show \
+         {name}` and `ballastctl status`, or wait longer with --timeout",
+        .waited.as_secs()
+    )]
+    NotReadyInTime {
+        /// The volume.
+        name: String,
+        /// How long it was waited for.
+        waited: Duration,
+    },
+    /// The process can't run.
+    #[error("runtime can't be started ({0}); free some memory or file descriptors")]
+    Runtime(#[source] std::io::Error),
+    /// The answer can't be printed.
+    #[error("standard output can't be written ({0})")]
+    Output(#[source] std::io::Error),
+}
+
+impl Failure {
+    /// 2 for wrong usage, else 1.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Failure::Endpoint(_) | Failure::NobodyToAsk(_) => 2,
+            _ => 1,
+        }
+    }
+}
+
+impl From<Status> for Failure {
+    fn from(status: Status) -> Self {
+        Failure::Refused(Box::new(status))
+    }
+}
+
+/// Does what the command line says; returns what to print.
+pub async fn run(cli: &Cli) -> Result<String, Failure> {
+    let client = Client::new(&cli.endpoint)?.with_call_timeout(cli.timeout);
+    match &cli.command {
+        Command::Volume(command) => volume(cli, &client, command).await,
+        Command::Node(NodeCommand::List) => {
+            let nodes = client.list_nodes(v1::ListNodesRequest {}).await?.nodes;
+            Ok(show(cli, &view::Nodes { nodes: all(nodes) }))
+        }
+        Command::Node(NodeCommand::Show { node }) => {
+            let answer = client.get_node(v1::GetNodeRequest { node: node.clone() }).await?;
+            let node = answer.node.ok_or(Failure::AnswerIncomplete("node"))?.into();
+            Ok(show(cli, &view::NodeDetail { node, pools: all(answer.pools) }))
+        }
+        Command::Pool(PoolCommand::List { node }) => {
+            let node = node.clone().unwrap_or_default();
+            let pools = client.list_pools(v1::ListPoolsRequest { node }).await?.pools;
+            Ok(show(cli, &view::Pools { pools: all(pools) }))
+        }
+        Command::Status => {
+            let status = client.get_status(v1::GetStatusRequest {}).await?;
+            Ok(show(cli, &view::Status::from(status)))
+        }
+    }
+}
+
+async fn volume(cli: &Cli, client: &Client, command: &VolumeCommand) -> Result<String, Failure> {
+    match command {
+        VolumeCommand::Create(create) => create_volume(cli, client, create).await,
+        VolumeCommand::List => {
+            let volumes = client.all_volumes().await?;
+            Ok(show(cli, &view::Volumes { volumes: all(volumes) }))
+        }
+        VolumeCommand::Show { volume } => {
+            let answer = client.get_volume(v1::GetVolumeRequest { volume: volume.clone() }).await?;
+            let volume = answer.volume.ok_or(Failure::AnswerIncomplete("volume"))?.into();
+            Ok(show(cli, &view::VolumeDetail { volume, replicas: all(answer.replicas) }))
+        }
+        VolumeCommand::Delete { volume, yes } => {
+            if !yes {
+                confirm(volume)?;
+            }
+            let request = v1::DeleteVolumeRequest { volume: volume.clone() };
+            let deleted = client.delete_volume(request).await?.deleted;
+            Ok(show(cli, &view::Deleted { deleted }))
+        }
+        VolumeCommand::Resize { volume, size } => {
+            let request = v1::ResizeVolumeRequest { volume: volume.clone(), size_bytes: *size };
+            one_volume(cli, client.resize_volume(request).await?.volume)
+        }
+        VolumeCommand::MoveLeader { volume, node } => {
+            let request = v1::MoveLeaderRequest { volume: volume.clone(), node: node.clone() };
+            let leader_node = client.move_leader(request).await?.leader_node;
+            Ok(show(cli, &view::LeaderMoved { leader_node }))
+        }
+    }
+}
+
+async fn create_volume(
+    cli: &Cli,
+    client: &Client,
+    create: &CreateVolume,
+) -> Result<String, Failure> {
+    let CreateVolume { name, size, replicas, wait } = create;
+    if *replicas == 0 {
+        // On the wire 0 asks for the default, and who wrote 0 did not.
+        let message = format!("0 replicas for volume {name:?} are not valid: use 1, 3 or 5");
+        return Err(Status::invalid_argument(message).into());
+    }
+    let request =
+        v1::CreateVolumeRequest { name: name.clone(), size_bytes: *size, replicas: *replicas };
+    let created = client.create_volume(request).await?.volume;
+    if !wait {
+        return one_volume(cli, created);
+    }
+    let ready = tokio::time::timeout(cli.timeout, wait_until_ready(client, name)).await;
+    let waited = cli.timeout;
+    let volume = ready.map_err(|_| Failure::NotReadyInTime { name: name.clone(), waited })??;
+    one_volume(cli, Some(volume))
+}
+
+async fn wait_until_ready(client: &Client, name: &str) -> Result<v1::Volume, Failure> {
+    loop {
+        let request = v1::GetVolumeRequest { volume: name.to_owned() };
+        let volume = client.get_volume(request).await?.volume;
+        let volume = volume.ok_or(Failure::AnswerIncomplete("volume"))?;
+        if volume.phase() != v1::VolumePhase::Creating {
+            return Ok(volume);
+        }
+        tokio::time::sleep(WAIT_STEP).await;
+    }
+}
+
+fn confirm(volume: &str) -> Result<(), Failure> {
+    match confirm_delete(volume).map_err(Failure::Terminal)? {
+        confirm::Answer::Yes => Ok(()),
+        confirm::Answer::No => Err(Failure::NotConfirmed(volume.to_owned())),
+        confirm::Answer::Nobody => Err(Failure::NobodyToAsk(volume.to_owned())),
+    }
+}
+
+fn one_volume(cli: &Cli, volume: Option<v1::Volume>) -> Result<String, Failure> {
+    let volume = volume.ok_or(Failure::AnswerIncomplete("volume"))?.into();
+    Ok(show(cli, &view::OneVolume { volume }))
+}
+
+fn show(cli: &Cli, answer: &impl Answer) -> String {
+    match cli.output {
+        Format::Table => answer.text(),
+        Format::Json => answer.json(),
+    }
+}
+
+fn all<A, B: From<A>>(items: Vec<A>) -> Vec<B> {
+    items.into_iter().map(B::from).collect()
+}
+
+/// The cluster's words; the code only where a node gave none.
+fn status_text(status: &Status) -> String {
+    match (status.code(), status.message()) {
+        (Code::Unimplemented, _) => {
+            "the node does not know this request: ballastd is older than ballastctl".to_owned()
+        }
+        (code, "") => format!("the node answered {code:?} and did not say why: see its log"),
+        (_, message) => message.to_owned(),
+    }
+}

@@ -1,0 +1,98 @@
+//! Which nodes are asked, and when the next one is.
+
+use std::net::TcpListener;
+use std::time::Duration;
+
+use ballast_api::{Client, EndpointError, v1};
+use tonic::Code;
+
+use crate::ballastctl;
+use crate::fixture::Node;
+
+/// An address where nobody listens: bound once, so that it was free, then closed.
+fn nobody() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    format!("http://{}", listener.local_addr().unwrap())
+}
+
+#[test]
+fn the_next_node_is_asked_when_one_is_away_or_has_no_quorum() {
+    let (node, lonely) = (Node::start(), Node::without_quorum());
+    for first in [nobody(), lonely.url()] {
+        let run = ballastctl(&format!("{first},{}", node.url()), "volume create db --size 1GiB");
+        assert_eq!(run.code, 0, "{}", run.err);
+    }
+}
+
+#[test]
+fn when_none_answers_each_is_named() {
+    let (nobody, lonely) = (nobody(), Node::without_quorum());
+    let run = ballastctl(&format!("{nobody},{}", lonely.url()), "volume list");
+    assert_eq!((run.code, run.out.as_str()), (1, ""));
+    for part in [&nobody, "refused", &lonely.url(), "no leader", "try again"] {
+        assert!(run.err.contains(part), "{part} is not in {}", run.err);
+    }
+}
+
+fn on_runtime<F: Future>(work: F) -> F::Output {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
+}
+
+#[test]
+fn a_node_that_hangs_is_left_after_the_time_limit() {
+    // Accepts into its backlog and never answers, as a stopped process does.
+    let hangs = TcpListener::bind("127.0.0.1:0").unwrap();
+    let hanging = format!("http://{}", hangs.local_addr().unwrap());
+    let node = Node::start();
+    on_runtime(async {
+        let client = Client::new([&hanging]).unwrap().with_call_timeout(Duration::from_millis(100));
+        let status = client.get_status(v1::GetStatusRequest {}).await.unwrap_err();
+        assert_eq!(status.code(), Code::Unavailable);
+        assert!(status.message().contains("no answer in time"), "{}", status.message());
+
+        let client = Client::new([hanging, node.url()]).unwrap();
+        let client = client.with_call_timeout(Duration::from_secs(1));
+        client.get_status(v1::GetStatusRequest {}).await.unwrap();
+        // The node that answered is asked first from now on, also by clones.
+        let client = client.clone().with_call_timeout(Duration::from_secs(3600));
+        client.get_status(v1::GetStatusRequest {}).await.unwrap();
+    });
+}
+
+#[test]
+fn a_refusal_is_an_answer() {
+    let (first, second) = (Node::start(), Node::start());
+    on_runtime(async {
+        let client = Client::new([first.url(), second.url()]).unwrap();
+        let request = v1::GetVolumeRequest { volume: "nothing".to_owned() };
+        let status = client.get_volume(request).await.unwrap_err();
+        assert_eq!(status.code(), Code::NotFound);
+    });
+}
+
+#[test]
+fn a_node_that_stops_between_two_requests() {
+    let (first, second) = (Node::start(), Node::start());
+    on_runtime(async {
+        let client = Client::new([first.url(), second.url()]).unwrap();
+        client.health(v1::HealthRequest {}).await.unwrap();
+        drop(first);
+        client.health(v1::HealthRequest {}).await.unwrap();
+    });
+}
+
+#[test]
+fn endpoints() {
+    on_runtime(async {
+        for good in ["http://a:1", "a:1", "http://[::1]:7400/", " 10.0.0.1:7400 "] {
+            assert!(Client::new([good]).is_ok(), "{good}");
+        }
+        for bad in ["", "a", "http://a", "http://a:0", "http://a:1/x", "ftp://a:1", "a b:1"] {
+            let error = Client::new([bad]).err();
+            assert_eq!(error, Some(EndpointError::Invalid(bad.to_owned())), "{bad}");
+        }
+        let tls = EndpointError::Tls("https://a:1".to_owned());
+        assert_eq!(Client::new(["https://a:1"]).err(), Some(tls));
+        assert_eq!(Client::new::<&str>([]).err(), Some(EndpointError::None));
+    });
+}
