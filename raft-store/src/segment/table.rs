@@ -149,6 +149,13 @@ impl Drop for SegmentPin {
     }
 }
 
+/// One use of a segment that nothing refers to any more.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Unreferenced {
+    number: SegmentNumber,
+    generation: u64,
+}
+
 /// The table as it was at one moment.
 #[derive(Clone, Debug)]
 pub struct FrozenTable {
@@ -425,37 +432,50 @@ impl SegmentTable {
         FrozenTable { segments }
     }
 
-    /// Frees what no durable state refers to any more: `frozen` is the table as the checkpoint
-    /// that has just become durable knows it, `replayed_from` the first hot segment that recovery
-    /// would replay. Answers how many segments are free now that were not.
-    pub(crate) fn free_unreferenced(&self, frozen: &FrozenTable, replayed_from: u64) -> usize {
+    /// Frees what no durable state refers to any more: what [`FrozenTable::drop_unreferenced`]
+    /// left out of the checkpoint that has just become durable. Pinned ones follow with their last
+    /// pin. Answers how many segments are free now that were not.
+    pub(crate) fn free_all(&self, unreferenced: &[Unreferenced], replayed_from: u64) -> usize {
         let mut inner = self.inner.borrow_mut();
         inner.replayed_from = replayed_from;
         let mut freed = 0;
-        for (index, then) in frozen.segments.iter().enumerate() {
-            let Some(then) = then else { continue };
-            let number = SegmentNumber(index as u32);
-            let now = inner.segment(number);
-            let before_replay = match now.state {
-                SegmentState::Full(StreamId::Hot) => now.sequence < replayed_from,
-                SegmentState::Full(_) => true,
-                _ => false,
-            };
-            let unreferenced = then.generation == now.generation
-                && then.live_blocks == 0
-                && now.live_blocks == 0
-                && then.retained == 0
-                && now.retained == 0;
-            if !before_replay || !unreferenced {
+        for &Unreferenced { number, generation } in unreferenced {
+            let segment = inner.segment(number);
+            if segment.generation != generation {
+                // Freed since with its last pin, and perhaps in use again.
                 continue;
             }
-            if now.pins == 0 {
+            assert!(segment.live_blocks == 0 && segment.retained == 0, "{number} came to life");
+            if segment.pins == 0 {
                 inner.free(number);
                 freed += 1;
             } else {
-                now.doomed = true;
+                segment.doomed = true;
             }
         }
         freed
+    }
+}
+
+impl FrozenTable {
+    /// Takes out the segments that nothing refers to and recovery would not replay, and answers
+    /// them: full, without a live block or retained entry, before hot segment `replayed_from`.
+    /// They must not be in the checkpoint: after a crash they are as free as they were before it.
+    pub(crate) fn drop_unreferenced(&mut self, replayed_from: u64) -> Vec<Unreferenced> {
+        let mut dropped = Vec::new();
+        for (number, slot) in self.segments.iter_mut().enumerate() {
+            let Some(segment) = slot else { continue };
+            let is_over = match segment.state {
+                SegmentState::Full(StreamId::Hot) => segment.sequence < replayed_from,
+                SegmentState::Full(_) => true,
+                _ => false,
+            };
+            if is_over && segment.live_blocks == 0 && segment.retained == 0 {
+                let number = SegmentNumber(number as u32);
+                dropped.push(Unreferenced { number, generation: segment.generation });
+                *slot = None;
+            }
+        }
+        dropped
     }
 }

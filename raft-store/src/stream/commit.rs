@@ -120,6 +120,8 @@ impl<E: Env> StreamSet<E> {
         self.frozen_durable(&frozen).await?;
         let meta = self.position(StreamId::Meta);
         frozen.table.renew_meta(shared.table.freeze());
+        let replayed_from = frozen.starts[0].segment_sequence;
+        let unreferenced = frozen.table.drop_unreferenced(replayed_from);
         self.durable(StreamId::Meta, meta).await?;
 
         let mut table = vec![0; 8];
@@ -147,8 +149,7 @@ impl<E: Env> StreamSet<E> {
         let committed = superblock.checkpoint;
         let old = shared.superblock.replace(superblock);
         old.body.segments.iter().for_each(|&segment| shared.table.give_back(segment));
-        let replayed_from = frozen.starts[0].segment_sequence;
-        let freed = shared.table.free_unreferenced(&frozen.table, replayed_from);
+        let freed = shared.table.free_all(&unreferenced, replayed_from);
         Ok(Committed { checkpoint: committed, bytes: length, freed })
     }
 

@@ -19,6 +19,7 @@ use ballast_env::spawn::{Spawn, Task};
 use bytes::Bytes;
 use tokio::io::DuplexStream;
 
+pub mod crash;
 pub mod pool;
 
 pub const SECTOR: usize = 512;
