@@ -19,9 +19,16 @@ use crate::v1::admin_client::AdminClient;
 /// and the next node is waiting to be asked.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long one node may take to answer, unless told otherwise: longer than the election after the
-/// loss of a leader.
-pub const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long one node may take to answer, unless told otherwise: longer than a node itself waits for
+/// a new volume to become usable, or for a leader to move.
+pub const CALL_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// While a request is out, its node is asked this often whether it is alive...
+const ALIVE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// ...and is left when it has not said so for this long: a process that is stopped or cut off holds
+/// a request no longer, one that is only slow is waited for.
+const ALIVE_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// A list of endpoints that can't be used.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -192,7 +199,11 @@ impl Node {
         if !is_node {
             return Err(invalid());
         }
-        let channel = endpoint.connect_timeout(CONNECT_TIMEOUT).connect_lazy();
+        let channel = endpoint
+            .connect_timeout(CONNECT_TIMEOUT)
+            .http2_keep_alive_interval(ALIVE_INTERVAL)
+            .keep_alive_timeout(ALIVE_TIMEOUT)
+            .connect_lazy();
         Ok(Self { url, admin: AdminClient::new(channel) })
     }
 }

@@ -28,12 +28,17 @@ pub struct Node {
 impl Node {
     /// A node of a cluster of its own, with three nodes.
     pub fn start() -> Self {
-        Self::serve(Fixture { quorum: true, ..Fixture::new() })
+        Self::serve(Fixture::new())
     }
 
     /// A node that is up and has no quorum.
     pub fn without_quorum() -> Self {
         Self::serve(Fixture { quorum: false, ..Fixture::new() })
+    }
+
+    /// A node whose volumes are never ready.
+    pub fn never_ready() -> Self {
+        Self::serve(Fixture { makes_ready: false, ..Fixture::new() })
     }
 
     fn serve(fixture: Fixture) -> Self {
@@ -76,6 +81,7 @@ impl Drop for Node {
 struct Fixture {
     state: Arc<Mutex<World>>,
     quorum: bool,
+    makes_ready: bool,
 }
 
 struct World {
@@ -105,7 +111,7 @@ impl Fixture {
             assert_eq!(booted, Reply::Done);
         }
         let world = World { cluster, leaders: BTreeMap::new(), volumes_made: 0 };
-        Self { state: Arc::new(Mutex::new(world)), quorum: true }
+        Self { state: Arc::new(Mutex::new(world)), quorum: true, makes_ready: true }
     }
 
     fn world(&self) -> Result<MutexGuard<'_, World>, Status> {
@@ -333,7 +339,9 @@ impl Admin for Fixture {
             volume: Some(world.volume(&volume)),
             replicas: world.replicas(&volume),
         };
-        world.make_ready(&volume)?;
+        if self.makes_ready {
+            world.make_ready(&volume)?;
+        }
         Ok(Response::new(answer))
     }
 

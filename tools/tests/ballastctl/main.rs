@@ -158,6 +158,17 @@ fn refusals_name_the_remedy() {
 }
 
 #[test]
+fn waiting_has_an_end() {
+    let node = Node::never_ready();
+    assert_eq!(
+        failed(&node, "--timeout 1 volume create db --size 1GiB --wait", 1),
+        "error: volume \"db\" was created and is not ready after 1 s: see `ballastctl volume show \
+         db` and `ballastctl status`, or wait longer with --timeout\n"
+    );
+    assert!(done(&node, "volume list").contains("creating"));
+}
+
+#[test]
 fn wrong_usage_is_code_2() {
     let node = Node::start();
     let ambiguous = failed(&node, "volume create x --size 10G", 2);

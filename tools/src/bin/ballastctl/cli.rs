@@ -42,7 +42,7 @@ pub struct Cli {
         long,
         global = true,
         value_name = "SECONDS",
-        default_value = "10",
+        default_value = "30",
         value_parser = parse_seconds
     )]
     pub timeout: Duration,
