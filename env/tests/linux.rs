@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use ballast_env::conformance;
 use ballast_env::disk::{Disk, OpenMode};
-use ballast_env::linux::{LinuxEnv, LinuxShard};
+use ballast_env::linux::{LinuxEnv, LinuxShard, SyncBy};
 use ballast_env::network::{Address, Listener, Network};
 
 /// A folder on the disk of the target directory (`/tmp` may be in memory), gone at the end.
@@ -40,6 +40,14 @@ fn conformance_over_tcp() {
     let folder = Folder::new("conformance-tcp");
     let address = Address::Tcp("127.0.0.1:0".parse().unwrap());
     on_a_shard(async |env| conformance::all(&env, &folder.0, &address).await);
+}
+
+#[test]
+fn conformance_of_each_way_to_sync() {
+    for sync_by in [SyncBy::Flag, SyncBy::Flush] {
+        let folder = Folder::new("conformance-sync");
+        on_a_shard(async |env| conformance::disk::all(&env.sync_by(sync_by), &folder.0).await);
+    }
 }
 
 #[test]

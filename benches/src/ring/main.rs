@@ -41,8 +41,9 @@ fn usage() -> ! {
 
 fn compare(path: &Path) {
     ours::create_written(path, FILE_BYTES);
-    let contenders: [(&str, Run); 3] = [
-        ("ours", ours::run),
+    let contenders: [(&str, Run); 4] = [
+        ("ours, shared flush", ours::run_flush),
+        ("ours, RWF_DSYNC", ours::run_flag),
         ("tokio-uring, fdatasync", theirs::run_fdatasync),
         ("tokio-uring, O_DSYNC", theirs::run_dsync),
     ];
@@ -57,8 +58,8 @@ fn compare(path: &Path) {
                 }
             }
             for ((name, _), samples) in contenders.iter().zip(samples) {
-                // Reads are the same whether the file is synced or not.
-                if kind == Kind::Read && name.ends_with("O_DSYNC") {
+                // Reads are the same however writes are synced.
+                if kind == Kind::Read && name.ends_with("DSYNC") {
                     continue;
                 }
                 println!("{kind:>14} x{depth:<3} {name:<24} {}", measure::summary(samples));

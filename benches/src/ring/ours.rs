@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use ballast_block::AlignedBuf;
 use ballast_env::disk::{Disk, File, OpenMode};
-use ballast_env::linux::{LinuxEnv, LinuxFile, LinuxShard};
+use ballast_env::linux::{LinuxEnv, LinuxFile, LinuxShard, SyncBy};
 
 use crate::measure::{Case, Kind, Sample, Stopwatch};
 
@@ -32,10 +32,19 @@ pub fn on_a_shard<Fut: Future>(main: impl FnOnce(LinuxEnv) -> Fut) -> Fut::Outpu
     LinuxShard::run(main).expect("a ring")
 }
 
-/// One sample on an existing file.
-pub fn run(path: &Path, case: Case) -> Sample {
+/// One sample on an existing file, synced by RWF_DSYNC.
+pub fn run_flag(path: &Path, case: Case) -> Sample {
+    run(path, case, SyncBy::Flag)
+}
+
+/// One sample on an existing file, synced by shared flushes.
+pub fn run_flush(path: &Path, case: Case) -> Sample {
+    run(path, case, SyncBy::Flush)
+}
+
+fn run(path: &Path, case: Case, sync_by: SyncBy) -> Sample {
     on_a_shard(async |env| {
-        let file = env.open(path, OpenMode::Exclusive).await.expect("open");
+        let file = env.sync_by(sync_by).open(path, OpenMode::Exclusive).await.expect("open");
         sample(Rc::new(file), case).await
     })
 }

@@ -28,9 +28,9 @@ impl Disk for LinuxEnv {
         path: &Path,
         mode: OpenMode,
     ) -> impl Future<Output = io::Result<LinuxFile>> + 'static {
-        let (ring, path) = (self.ring.clone(), path.to_owned());
+        let (ring, path, sync_by) = (self.ring.clone(), path.to_owned(), self.sync_by);
         async move {
-            let handle = blocking(move || open(&path, mode)).await?;
+            let handle = blocking(move || open(&path, mode, sync_by)).await?;
             Ok(LinuxFile { ring, handle: Arc::new(handle) })
         }
     }

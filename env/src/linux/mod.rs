@@ -12,6 +12,7 @@
 mod clock;
 mod disk;
 mod entropy;
+mod flush;
 mod network;
 mod open;
 mod operation;
@@ -23,6 +24,7 @@ use std::io;
 use std::rc::Rc;
 
 pub use disk::LinuxFile;
+pub use flush::SyncBy;
 pub use network::{LinuxListener, LinuxStream};
 pub use open::OpenError;
 
@@ -32,6 +34,7 @@ use ring::Ring;
 #[derive(Clone)]
 pub struct LinuxEnv {
     ring: Rc<Ring>,
+    sync_by: SyncBy,
 }
 
 impl LinuxEnv {
@@ -45,7 +48,12 @@ impl LinuxEnv {
     /// # Panics
     /// Outside such a runtime.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { ring: Ring::start()? })
+        Ok(Self { ring: Ring::start()?, sync_by: SyncBy::Disk })
+    }
+
+    /// The same environment, but files that it opens are made durable this way.
+    pub fn sync_by(self, sync_by: SyncBy) -> Self {
+        Self { sync_by, ..self }
     }
 }
 

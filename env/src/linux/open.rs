@@ -7,7 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use ballast_block::BLOCK_SIZE;
@@ -16,6 +16,7 @@ use nix::fcntl::{FallocateFlags, Flock, FlockArg};
 use nix::unistd::Whence;
 use thiserror::Error;
 
+use super::flush::SyncBy;
 use crate::disk::OpenMode;
 
 /// Why a file was not opened; inside an [`io::Error`] of the kind that
@@ -75,6 +76,7 @@ pub(super) struct Handle {
     descriptor: Descriptor,
     kind: Kind,
     size: u64,
+    flushes: bool,
 }
 
 enum Descriptor {
@@ -110,6 +112,11 @@ impl Handle {
         self.kind
     }
 
+    /// Whether a write is followed by a flush, instead of carrying RWF_DSYNC.
+    pub(super) fn flushes(&self) -> bool {
+        self.flushes
+    }
+
     pub(super) fn is_writable(&self) -> bool {
         matches!(self.descriptor, Descriptor::Locked(_))
     }
@@ -132,7 +139,7 @@ impl AsRawFd for Handle {
 }
 
 /// Opens `path`; blocks.
-pub(super) fn open(path: &Path, mode: OpenMode) -> io::Result<Handle> {
+pub(super) fn open(path: &Path, mode: OpenMode, sync_by: SyncBy) -> io::Result<Handle> {
     let mut options = OpenOptions::new();
     options.read(true);
     let flags = match mode {
@@ -156,14 +163,15 @@ pub(super) fn open(path: &Path, mode: OpenMode) -> io::Result<Handle> {
             _ => failed(path, "open", source),
         })?;
     let OpenMode::CreateNew { size } = mode else {
-        return existing(path, file, mode);
+        return existing(path, file, mode, sync_by);
     };
     let file = lock(path, file)?;
     create(path, &file, size).inspect_err(|_| {
         // Nobody can have used it: the lock is ours. A second error says no more than the first.
         drop(std::fs::remove_file(path));
     })?;
-    Ok(Handle { descriptor: Descriptor::Locked(file), kind: Kind::Regular, size })
+    let flushes = flushes(&file, sync_by);
+    Ok(Handle { descriptor: Descriptor::Locked(file), kind: Kind::Regular, size, flushes })
 }
 
 fn is_wrong_type(path: &Path) -> bool {
@@ -171,7 +179,7 @@ fn is_wrong_type(path: &Path) -> bool {
         .is_ok_and(|found| !found.is_file() && !found.file_type().is_block_device())
 }
 
-fn existing(path: &Path, file: File, mode: OpenMode) -> io::Result<Handle> {
+fn existing(path: &Path, file: File, mode: OpenMode, sync_by: SyncBy) -> io::Result<Handle> {
     let metadata = file.metadata().map_err(|source| failed(path, "stat", source))?;
     let (kind, size) = if metadata.is_file() {
         (Kind::Regular, metadata.len())
@@ -183,11 +191,34 @@ fn existing(path: &Path, file: File, mode: OpenMode) -> io::Result<Handle> {
         return Err(OpenError::WrongType(path.to_owned()).into());
     };
     check_direct(path)?;
+    let flushes = kind == Kind::Regular && flushes(&file, sync_by);
     let descriptor = match mode {
         OpenMode::ReadOnly => Descriptor::ReadOnly(file),
         OpenMode::Exclusive | OpenMode::CreateNew { .. } => Descriptor::Locked(lock(path, file)?),
     };
-    Ok(Handle { descriptor, kind, size })
+    Ok(Handle { descriptor, kind, size, flushes })
+}
+
+fn flushes(file: &File, sync_by: SyncBy) -> bool {
+    match sync_by {
+        SyncBy::Flag => false,
+        SyncBy::Flush => true,
+        SyncBy::Disk => file.metadata().is_ok_and(|found| needs_flush(found.dev())),
+    }
+}
+
+/// Whether the disk under a file system has a volatile cache and can't write around it (FUA), as
+/// far as sysfs tells.
+fn needs_flush(device: u64) -> bool {
+    let (major, minor) = (libc::major(device), libc::minor(device));
+    let own = format!("/sys/dev/block/{major}:{minor}");
+    let attribute = |name: &str| {
+        // A partition has no queue of its own, its disk above it has.
+        std::fs::read_to_string(format!("{own}/queue/{name}"))
+            .or_else(|_| std::fs::read_to_string(format!("{own}/../queue/{name}")))
+    };
+    let volatile = attribute("write_cache").is_ok_and(|text| text.trim() == "write back");
+    volatile && attribute("fua").is_ok_and(|text| text.trim() == "0")
 }
 
 fn lock(path: &Path, file: File) -> Result<Flock<File>, OpenError> {

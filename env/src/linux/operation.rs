@@ -45,6 +45,8 @@ pub(super) enum Work {
 pub(super) enum Step {
     /// Submit the rest.
     Again,
+    /// All is written and waits for a flush of the file.
+    Flush,
     /// The operation has ended.
     Done(io::Result<()>),
 }
@@ -63,6 +65,11 @@ impl Operation {
         Self { file, offset, done: 0, put_off: 0, work: Work::Punch(length) }
     }
 
+    /// Its file.
+    pub(super) fn file(&self) -> &Arc<Handle> {
+        &self.file
+    }
+
     /// The buffer of a read.
     pub(super) fn into_buffer(self) -> AlignedBuf {
         match self.work {
@@ -75,6 +82,7 @@ impl Operation {
     pub(super) fn entry(&mut self) -> squeue::Entry {
         let fd = types::Fd(self.file.as_raw_fd());
         let offset = self.offset + self.done;
+        let flags = if self.file.flushes() { 0 } else { libc::RWF_DSYNC };
         match &mut self.work {
             Work::Read(buffer) => {
                 let rest = &mut buffer[self.done as usize..];
@@ -85,12 +93,12 @@ impl Operation {
                 if let [one] = vectors[..] {
                     opcode::Write::new(fd, one.iov_base.cast(), clamp(one.iov_len))
                         .offset(offset)
-                        .rw_flags(libc::RWF_DSYNC)
+                        .rw_flags(flags)
                         .build()
                 } else {
                     opcode::Writev::new(fd, vectors.as_ptr(), vectors.len() as u32)
                         .offset(offset)
-                        .rw_flags(libc::RWF_DSYNC)
+                        .rw_flags(flags)
                         .build()
                 }
             }
@@ -120,7 +128,8 @@ impl Operation {
             Work::Punch(_) => return Step::Done(Ok(())),
         };
         if self.done == length {
-            return Step::Done(Ok(()));
+            let flush = matches!(self.work, Work::Write { .. }) && self.file.flushes();
+            return if flush { Step::Flush } else { Step::Done(Ok(())) };
         }
         // The rest of a file's last sector can't be transferred directly.
         if result == 0 || !self.done.is_multiple_of(SECTOR) {

@@ -16,12 +16,13 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use ballast_block::limits::RING_OPERATIONS_MAX;
-use io_uring::IoUring;
 use io_uring::types::{SubmitArgs, Timespec};
+use io_uring::{IoUring, squeue};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
+use super::flush::{self, Flushed, Flushes};
 use super::operation::{Operation, Step};
 
 /// How long the end of a shard waits for the disk before it gives the memory of what is still in
@@ -41,6 +42,7 @@ struct State {
     /// By the `user_data` of their submission.
     in_flight: Vec<Option<InFlight>>,
     free: Vec<usize>,
+    flushes: Flushes,
     /// Of the driver task.
     driver: Option<Waker>,
 }
@@ -54,6 +56,11 @@ struct InFlight {
 /// An operation that has ended, and how.
 pub(super) type Finished = (io::Result<()>, Operation);
 
+type Ended = (oneshot::Sender<Finished>, Finished);
+
+/// In `user_data`: the completion of a flush, by its number, not of an operation by its slot.
+const FLUSH: u64 = 1 << 63;
+
 impl Ring {
     /// Sets the ring up and starts its driver task on this thread.
     pub(super) fn start() -> io::Result<Rc<Self>> {
@@ -64,6 +71,7 @@ impl Ring {
                 uring,
                 in_flight: Vec::new(),
                 free: Vec::new(),
+                flushes: Flushes::default(),
                 driver: None,
             }),
             permits: Arc::new(Semaphore::new(RING_OPERATIONS_MAX as usize)),
@@ -135,13 +143,26 @@ impl State {
         let entry = started.operation.entry().user_data(slot as u64);
         // SAFETY: memory and file of the entry belong to the operation, which stays in its slot
         // until the kernel's completion; its buffers don't move when the slot does.
-        unsafe { self.uring.submission().push(&entry) }
+        unsafe { self.queue(&entry) }
+    }
+
+    fn push_flush(&mut self, number: usize, entry: squeue::Entry) {
+        let entry = entry.user_data(FLUSH | number as u64);
+        // SAFETY: the entry has no memory, and `flushes` holds its file until its completion.
+        unsafe { self.queue(&entry) }
+    }
+
+    /// # Safety
+    /// Memory and file of the entry stay until its completion.
+    unsafe fn queue(&mut self, entry: &squeue::Entry) {
+        // SAFETY: the caller's promise.
+        unsafe { self.uring.submission().push(entry) }
             .expect("as many entries as permits, and one per operation");
     }
 
     /// Gives what was pushed to the kernel and takes what is complete. Returns whether the kernel
     /// has put a submission off.
-    fn turn(&mut self, ended: &mut Vec<(oneshot::Sender<Finished>, Finished)>) -> bool {
+    fn turn(&mut self, ended: &mut Vec<Ended>) -> bool {
         loop {
             let submission = self.uring.submission();
             if !submission.is_empty() || submission.taskrun() || submission.cq_overflow() {
@@ -168,21 +189,43 @@ impl State {
         }
     }
 
-    fn reap(&mut self, ended: &mut Vec<(oneshot::Sender<Finished>, Finished)>) {
+    fn reap(&mut self, ended: &mut Vec<Ended>) {
         loop {
-            let Some(completion) = self.uring.completion().next() else { return };
-            let slot = completion.user_data() as usize;
+            let Some(completion) = self.uring.completion().next() else { break };
+            let (data, result) = (completion.user_data(), completion.result());
+            if data & FLUSH != 0 {
+                self.flushed((data ^ FLUSH) as usize, result, ended);
+                continue;
+            }
+            let slot = data as usize;
             let started = self.in_flight[slot].as_mut().expect("completed once");
-            match started.operation.advance(completion.result()) {
+            match started.operation.advance(result) {
                 Step::Again => self.push(slot),
-                Step::Done(result) => {
-                    let InFlight { operation, caller, _permit } =
-                        self.in_flight[slot].take().expect("present above");
-                    self.free.push(slot);
-                    ended.push((caller, (result, operation)));
+                Step::Flush => self.flushes.add(started.operation.file(), slot),
+                Step::Done(result) => self.end(slot, result, ended),
+            }
+        }
+        while let Some((number, entry)) = self.flushes.next() {
+            self.push_flush(number, entry);
+        }
+    }
+
+    fn flushed(&mut self, number: usize, result: i32, ended: &mut Vec<Ended>) {
+        match self.flushes.complete(number, result) {
+            Flushed::Again(entry) => self.push_flush(number, entry),
+            Flushed::Ended(slots, failed) => {
+                for slot in slots {
+                    self.end(slot, flush::result(failed), ended);
                 }
             }
         }
+    }
+
+    fn end(&mut self, slot: usize, result: io::Result<()>, ended: &mut Vec<Ended>) {
+        let InFlight { operation, caller, _permit } =
+            self.in_flight[slot].take().expect("ends once");
+        self.free.push(slot);
+        ended.push((caller, (result, operation)));
     }
 }
 
