@@ -3,6 +3,12 @@
 //! A missing tool is a failure that names its package: these tests are what says that the
 //! protocol is spoken as others understand it.
 
+#![allow(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    reason = "runs real programs on real sockets and files"
+)]
+
 mod server;
 
 use std::io::{Read, Write};

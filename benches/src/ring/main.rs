@@ -4,8 +4,6 @@
 //! `ring compare FOLDER` runs both on a new file in FOLDER, interleaved, and prints medians.
 //! `ring disk FOLDER` measures durable writes by size, number in flight and state of the extents.
 
-#![allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "a measuring program")]
-
 mod disk;
 mod measure;
 mod ours;

@@ -111,3 +111,52 @@ impl Flushes {
 pub(super) fn result(failed: Option<i32>) -> io::Result<()> {
     failed.map_or(Ok(()), |number| Err(io::Error::from_raw_os_error(number)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::OpenMode;
+    use crate::linux::open::open;
+
+    fn handle() -> Arc<Handle> {
+        let program = std::env::current_exe().unwrap();
+        Arc::new(open(&program, OpenMode::ReadOnly, SyncBy::Flush).unwrap())
+    }
+
+    fn ended(flushed: Flushed) -> (Vec<usize>, Option<i32>) {
+        match flushed {
+            Flushed::Ended(slots, failed) => (slots, failed),
+            Flushed::Again(_) => panic!("not put off"),
+        }
+    }
+
+    #[test]
+    fn writes_that_wait_share_the_next_flush() {
+        let (mut flushes, file, other) = (Flushes::default(), handle(), handle());
+        flushes.add(&file, 1);
+        flushes.add(&file, 2);
+        flushes.add(&other, 3);
+        assert_eq!(flushes.next().unwrap().0, 0);
+        assert_eq!(flushes.next().unwrap().0, 1);
+        flushes.add(&file, 4);
+        assert!(flushes.next().is_none(), "one flush of a file at a time");
+        assert_eq!(ended(flushes.complete(0, 0)), (vec![1, 2], None));
+        assert_eq!(ended(flushes.complete(1, 0)), (vec![3], None));
+        assert_eq!(flushes.next().unwrap().0, 0);
+        assert_eq!(ended(flushes.complete(0, 0)), (vec![4], None));
+        assert_eq!(Arc::strong_count(&file), 1, "an idle file is let go");
+    }
+
+    #[test]
+    fn a_failed_flush_fails_all_that_was_written_before_its_end() {
+        let (mut flushes, file) = (Flushes::default(), handle());
+        flushes.add(&file, 1);
+        assert!(flushes.next().is_some());
+        flushes.add(&file, 2);
+        assert!(matches!(flushes.complete(0, -libc::EINTR), Flushed::Again(_)));
+        let (slots, failed) = ended(flushes.complete(0, -libc::EIO));
+        assert_eq!((slots, failed), (vec![1, 2], Some(libc::EIO)));
+        assert!(flushes.next().is_none());
+        assert_eq!(result(failed).unwrap_err().raw_os_error(), Some(libc::EIO));
+    }
+}

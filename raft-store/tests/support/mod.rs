@@ -1,6 +1,7 @@
 //! A disk in memory that remembers every write, so that a test can crash at any of them, and an
 //! environment around it. Time is tokio's, paused.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
+#![allow(clippy::disallowed_methods, reason = "an environment, made of tokio's paused time")]
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
