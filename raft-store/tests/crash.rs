@@ -1,6 +1,8 @@
 //! Power loss at every point: what was durable is there, plus a prefix of what was in flight,
 //! never a hole; also through checkpoints, reuse of segments and crashes during recovery.
 
+#![allow(clippy::disallowed_methods, reason = "waits in tokio's paused time")]
+
 mod support;
 
 use std::cell::RefCell;
