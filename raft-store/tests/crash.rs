@@ -260,7 +260,7 @@ async fn lives(seed: u64, count: u64) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..Default::default() })]
 
     #[test]
     fn many_lives(seed in any::<u64>()) {

@@ -330,8 +330,12 @@ async fn make_tail_durable<F: File>(
     let last = scan.batches.last().expect("the first is there").batch.fields;
     let first = first.batch.fields;
     assert_eq!(first.segment, last.segment, "one disk write lies in one segment");
-    // The first batch of a segment is written together with the segment's header.
-    let mut block = if first.block == 1 { 0 } else { first.block };
+    // The first batch of a segment is written together with the segment's header; a header that
+    // can't be read is not needed.
+    let header = geometry.place(first.segment, 0).offset();
+    let has_header =
+        first.block == 1 && file.read_at(header, AlignedBuf::zeroed(BLOCK_SIZE)).await.0.is_ok();
+    let mut block = if has_header { 0 } else { first.block };
     let end = last.block + 1 + last.payload_blocks;
     while block < end {
         let blocks = (end - block).min((BATCH_WRITE_BYTES_MAX / BLOCK_SIZE) as u32);
