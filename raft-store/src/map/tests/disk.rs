@@ -26,17 +26,27 @@ pub struct Disk {
     pub written: Cell<u64>,
     /// Reads take that many turns.
     pub slow: Cell<usize>,
+    /// Pages when the last checkpoint became durable: what a pool knows after a crash.
+    durable: RefCell<BTreeSet<u64>>,
 }
 
 impl Disk {
     /// A crash: a new process sees the same pages.
     pub fn reboot(&self, accounts: Accounts) -> Self {
         let disk = Self::default();
-        disk.pages.replace(self.pages.borrow().clone());
+        let mut pages = self.pages.borrow().clone();
+        pages.retain(|offset, _| self.durable.borrow().contains(offset));
+        disk.pages.replace(pages);
+        disk.durable.replace(self.durable.borrow().clone());
         disk.next.set(self.next.get());
         disk.accounts.replace(accounts);
         disk.slow.set(self.slow.get());
         disk
+    }
+
+    /// Takes down which pages there are: the checkpoint is durable.
+    pub fn remember(&self) {
+        self.durable.replace(self.pages.borrow().keys().copied().collect());
     }
 
     /// The checkpoint is durable: pages that it does without are overwritten.

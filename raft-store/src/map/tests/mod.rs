@@ -3,3 +3,4 @@
 mod disk;
 mod model;
 mod random;
+mod resync;
