@@ -58,8 +58,8 @@ pub trait File: 'static {
         buffer: AlignedBuf,
     ) -> impl Future<Output = (io::Result<()>, AlignedBuf)> + 'static;
 
-    /// Writes `parts` back to back at `offset`, durable when it returns `Ok` (O_DIRECT and
-    /// RWF_DSYNC). Every part is block-aligned in memory and a whole number of blocks.
+    /// Writes `parts` back to back at `offset`, durable when it returns `Ok` (O_DIRECT, with
+    /// RWF_DSYNC or a flush behind it). Every part is block-aligned in memory and a whole number of blocks.
     fn write_at(
         &self,
         offset: u64,

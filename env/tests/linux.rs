@@ -7,9 +7,11 @@
 
 use std::io::ErrorKind;
 use std::path::PathBuf;
+use std::task::Poll;
 
+use ballast_block::AlignedBuf;
 use ballast_env::conformance;
-use ballast_env::disk::{Disk, OpenMode};
+use ballast_env::disk::{Disk, File, OpenMode};
 use ballast_env::linux::{LinuxEnv, LinuxShard, SyncBy};
 use ballast_env::network::{Address, Listener, Network};
 
@@ -96,6 +98,30 @@ fn what_can_not_be_a_pool() {
         assert!(large.to_string().contains("can't be allocated"), "{large}");
         assert!(!path.exists(), "what could not be allocated is removed");
     });
+}
+
+#[test]
+fn the_end_of_a_shard_waits_for_its_disk_operations() {
+    for sync_by in [SyncBy::Flag, SyncBy::Flush] {
+        let folder = Folder::new("end");
+        let path = folder.0.join("pool");
+        on_a_shard(async |env| {
+            let mode = OpenMode::CreateNew { size: 100 * 4096 };
+            let file = env.sync_by(sync_by).open(&path, mode).await.unwrap();
+            for block in 0..100_u64 {
+                let mut buffer = AlignedBuf::zeroed(4096);
+                buffer.fill(7);
+                let mut write = Box::pin(file.write_at(block * 4096, vec![buffer.freeze()]));
+                let polled = std::future::poll_fn(|cx| Poll::Ready(write.as_mut().poll(cx)));
+                assert!(polled.await.is_pending(), "begun, and nobody waits for it");
+            }
+        });
+        let written = std::fs::read(&path).unwrap();
+        assert!(written.iter().all(|&byte| byte == 7), "what was begun went on to its end");
+        on_a_shard(async |env| {
+            assert!(env.open(&path, OpenMode::Exclusive).await.is_ok(), "unlocked");
+        });
+    }
 }
 
 #[test]
