@@ -147,6 +147,17 @@ pub const VOTE_SLOT_BODY_BYTES_MAX: usize = 448;
 /// Changes of the extent map held in memory before they are merged into pages, per pool, in bytes.
 pub const MAP_DELTA_BYTES_MAX: usize = 64 << 20;
 
+/// Map pages that only a checkpoint can release from memory, per pool, in bytes: over it, a
+/// checkpoint is due.
+pub const MAP_DIRTY_BYTES_MAX: usize = 64 << 20;
+
+/// How often a pool's keeper looks for work that nobody rang for, in milliseconds.
+pub const KEEPER_PERIOD_MS: u64 = 1000;
+
+/// Live blocks of a segment, in percent, above which cleaning it is not worth it: at 90% a segment
+/// costs nine writes to gain one.
+pub const CLEANER_VICTIM_LIVE_PERCENT_MAX: u32 = 90;
+
 /// Pages of the extent map cached in memory, per pool, in bytes.
 pub const MAP_CACHE_BYTES_MAX: usize = 256 << 20;
 

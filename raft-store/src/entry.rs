@@ -289,6 +289,11 @@ pub fn outline(header: &[u8]) -> Result<Outline, DecodeEntryError> {
     Ok(Outline { payload_blocks })
 }
 
+/// Whether an encoded header is that of a write.
+pub(crate) fn is_write(header: &[u8]) -> bool {
+    header.first() == Some(&KIND_WRITE)
+}
+
 fn decode_origin(input: &mut &[u8]) -> Result<Origin, DecodeEntryError> {
     Ok(Origin {
         attachment: AttachmentId(u64_of(input)?),

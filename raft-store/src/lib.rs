@@ -5,12 +5,15 @@
 //! Steps 5 (append) and 7 (apply, into the map) of a write, and the disk read of a read. Never
 //! decides what an entry means (that is `volume`), never talks to a peer.
 
+mod checkpoint;
+mod cleaner;
 pub mod entry;
 pub mod format;
 pub mod log;
 pub mod map;
 pub mod place;
 pub mod pool;
+mod read;
 pub mod replica;
 pub mod segment;
 pub mod stream;

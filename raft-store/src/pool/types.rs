@@ -1,30 +1,10 @@
-//! A pool: one file or disk, one shard, one thread; the replicas on it, their log and map.
-//!
-//! Owns the pool's life (format, open, checkpoint, close), the set of its replicas and its space.
-//! Never decides what an entry means, never talks to a peer. Not on the path of a write itself:
-//! [`crate::log::Log`] is step 5, [`crate::replica::Replica`] step 7.
-
-use std::path::Path;
-use std::rc::Rc;
+//! What a pool takes, answers and complains about.
 
 use ballast_block::{ClusterId, FamilyId, NodeId, PoolId, ReplicaId, VolumeId};
-use ballast_env::Env;
 use bytes::Bytes;
 use thiserror::Error;
-use tokio::sync::watch;
 
-use crate::replica::Replica;
-
-/// An open pool. A cheap handle: clones share everything; all of them live on one thread.
-pub struct Pool<E: Env> {
-    inner: Rc<PoolInner<E>>,
-}
-
-impl<E: Env> Clone for Pool<E> {
-    fn clone(&self) -> Self {
-        Self { inner: self.inner.clone() }
-    }
-}
+use crate::stream::{CommitCheckpointError, OpenStoreError, PoolFailed};
 
 /// How to make a pool.
 #[derive(Clone, Debug)]
@@ -109,15 +89,16 @@ impl Space {
     }
 }
 
-/// Why a pool stopped. Its replicas are gone from this process until it is opened again.
+/// Why a replica takes no more work.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum PoolFailure {
-    /// A write failed or was overdue; nothing of it was acknowledged, nothing is retried.
-    #[error("pool failed: {0}; check the disk, then restart the node")]
-    Write(String),
-    /// The pool was closed.
-    #[error("pool is closed")]
-    Closed,
+    /// The pool failed or was closed; its replicas are gone from this process until it is opened
+    /// again.
+    #[error(transparent)]
+    Failed(#[from] PoolFailed),
+    /// The replica was dropped.
+    #[error("{0} was dropped")]
+    ReplicaDropped(ReplicaId),
 }
 
 /// Formatting a pool was refused or failed.
@@ -153,10 +134,10 @@ pub enum FormatPoolError {
 /// Opening a pool was refused or failed.
 #[derive(Debug, Error)]
 pub enum OpenPoolError {
-    /// The disk answered with an error.
-    #[error("can't open pool: {0}")]
-    Io(#[from] std::io::Error),
-    /// What is on the disk is not what was expected, or can't be read.
+    /// Its streams could not be recovered, or it is not the pool that was expected.
+    #[error(transparent)]
+    Store(#[from] OpenStoreError),
+    /// What the checkpoint or the log says can't be understood.
     #[error("pool refused: {0}")]
     Refused(String),
 }
@@ -195,14 +176,26 @@ pub enum CheckpointError {
     /// The pool stopped.
     #[error(transparent)]
     Pool(#[from] PoolFailure),
-    /// A map could not be written.
-    #[error("checkpoint of {replica} failed: {problem}")]
+    /// The body could not be written.
+    #[error(transparent)]
+    Commit(CommitCheckpointError),
+    /// A map could not be written or merged.
+    #[error("map of {replica}: {problem}")]
     Map {
         /// Whose map.
         replica: ReplicaId,
         /// What failed.
         problem: String,
     },
+}
+
+impl From<CommitCheckpointError> for CheckpointError {
+    fn from(error: CommitCheckpointError) -> Self {
+        match error {
+            CommitCheckpointError::PoolFailed(failed) => Self::Pool(failed.into()),
+            other => Self::Commit(other),
+        }
+    }
 }
 
 /// Counters and gauges of a pool, for metrics. Counters count since the pool was opened.
@@ -238,114 +231,4 @@ pub struct PoolStats {
     pub repaired_blocks: u64,
     /// Replicas that are suspect.
     pub suspects: u64,
-}
-
-pub(crate) struct PoolInner<E: Env> {
-    never: std::convert::Infallible,
-    _env: E,
-}
-
-impl<E: Env> Pool<E> {
-    /// Makes a pool of a new file, or of an existing file or device. Answers its id.
-    ///
-    /// # Errors
-    /// [`FormatPoolError`]; what ever was a Ballast pool is never formatted (guarantee
-    /// **never-format-data**).
-    pub async fn format(
-        _env: &E,
-        path: &Path,
-        _options: FormatOptions,
-    ) -> Result<PoolId, FormatPoolError> {
-        let path = path.display();
-        Err(std::io::Error::other(format!("{path}: this build can't format pools yet")).into())
-    }
-
-    /// Opens a pool, locks it, recovers every replica on it and raises its boot counter.
-    ///
-    /// # Errors
-    /// [`OpenPoolError`]; a pool that can't be understood whole is refused, never re-made.
-    pub async fn open(
-        _env: E,
-        path: &Path,
-        _expect: PoolExpectation,
-    ) -> Result<(Self, RecoveryReport), OpenPoolError> {
-        Err(OpenPoolError::Refused(format!("{}: this build can't open pools yet", path.display())))
-    }
-
-    /// The pool's id.
-    pub fn id(&self) -> PoolId {
-        match self.inner.never {}
-    }
-
-    /// How often the pool was opened, this time included; peers compare it (hazard F5).
-    pub fn boot_counter(&self) -> u64 {
-        match self.inner.never {}
-    }
-
-    /// Every replica, by id.
-    pub fn replicas(&self) -> Vec<Replica<E>> {
-        match self.inner.never {}
-    }
-
-    /// The replica with that id; never made by asking.
-    pub fn replica(&self, _id: ReplicaId) -> Option<Replica<E>> {
-        match self.inner.never {}
-    }
-
-    /// Ids of replicas that were here once and were dropped (hazard 28).
-    pub fn dropped(&self) -> Vec<ReplicaId> {
-        match self.inner.never {}
-    }
-
-    /// Makes a replica with an empty log and map; durable when it returns.
-    ///
-    /// # Errors
-    /// [`CreateReplicaError`]; an id seen before is refused, also a dropped one.
-    pub async fn create_replica(
-        &self,
-        _descriptor: ReplicaDescriptor,
-    ) -> Result<Replica<E>, CreateReplicaError> {
-        match self.inner.never {}
-    }
-
-    /// Drops a replica: its data is freed, its id stays known. Durable when it returns. Handles to
-    /// it that are still around answer errors.
-    ///
-    /// # Errors
-    /// [`DropReplicaError`].
-    pub async fn drop_replica(&self, _id: ReplicaId) -> Result<(), DropReplicaError> {
-        match self.inner.never {}
-    }
-
-    /// Space, now.
-    pub fn space(&self) -> Space {
-        match self.inner.never {}
-    }
-
-    /// Turns `Some` when the pool stops; every replica of it has then failed.
-    pub fn failure(&self) -> watch::Receiver<Option<PoolFailure>> {
-        match self.inner.never {}
-    }
-
-    /// Makes a checkpoint now; returns when it is durable. What was applied and durable when it was
-    /// called is covered by it.
-    ///
-    /// # Errors
-    /// [`CheckpointError`].
-    pub async fn checkpoint(&self) -> Result<(), CheckpointError> {
-        match self.inner.never {}
-    }
-
-    /// Checkpoints and stops. Handles that are still around answer errors.
-    ///
-    /// # Errors
-    /// [`CheckpointError`]: the pool is closed all the same; its log has everything.
-    pub async fn close(&self) -> Result<(), CheckpointError> {
-        match self.inner.never {}
-    }
-
-    /// Counters and gauges, now.
-    pub fn stats(&self) -> PoolStats {
-        match self.inner.never {}
-    }
 }

@@ -1,0 +1,117 @@
+//! Checkpoints: freezing the pool between two batches, and making the frozen state durable.
+//!
+//! Owns the order of a checkpoint: freeze (memory, no await); wait until all that was appended before
+//! is durable, so that no checkpoint covers an index above the durable watermark (hazard F7); write
+//! what the maps changed; write the body and the superblocks; only then are segments freed (hazard
+//! F3). Not on the path of a write.
+
+use std::rc::Rc;
+
+use ballast_env::Env;
+use bytes::Bytes;
+use prost::Message;
+
+use crate::map::FrozenMap;
+use crate::pool::shared::{Shared, count};
+use crate::pool::{CheckpointError, PoolFailure};
+use crate::replica::Health;
+use crate::replica::core::{Map, ReplicaInner};
+use crate::replica::record::{DescriptorV1, MembershipV1};
+use crate::replica::saved::{PoolV1, ReplicaV1, ResyncV1, SuspectV1, pack};
+
+/// A replica as it was at the freeze.
+struct Frozen<E: Env> {
+    saved: ReplicaV1,
+    map: Rc<Map<E>>,
+    frozen: FrozenMap,
+    resync: Option<(Rc<Map<E>>, FrozenMap)>,
+}
+
+impl<E: Env> Shared<E> {
+    /// Makes a checkpoint; durable when it returns.
+    pub async fn checkpoint(&self) -> Result<(), CheckpointError> {
+        let _one = self.checkpointing.lock().await;
+        self.check()?;
+        let streams = self.streams.freeze();
+        let dropped = self.dropped.borrow().iter().map(|id| id.0).collect();
+        let frozen: Vec<Frozen<E>> = self.all().iter().map(|replica| replica.freeze()).collect();
+        // Everything that the frozen maps point at: entries, and what was moved.
+        self.streams.frozen_durable(&streams).await.map_err(PoolFailure::from)?;
+        let mut replicas = Vec::with_capacity(frozen.len());
+        for Frozen { mut saved, map, frozen, resync } in frozen {
+            let replica = saved.descriptor.as_ref().map_or(0, |descriptor| descriptor.replica);
+            saved.map = self.write_map(replica, &map, frozen).await?;
+            if let (Some(saved), Some((map, frozen))) = (&mut saved.resync, resync) {
+                saved.map = self.write_map(replica, &map, frozen).await?;
+            }
+            replicas.push(saved);
+        }
+        let body = PoolV1 { replicas, dropped }.encode_to_vec();
+        self.streams.commit_checkpoint(streams, vec![body.into()]).await?;
+        count(&self.counters.checkpoints, 1);
+        self.freed.notify_waiters();
+        Ok(())
+    }
+
+    async fn write_map(
+        &self,
+        replica: u64,
+        map: &Map<E>,
+        frozen: FrozenMap,
+    ) -> Result<Bytes, CheckpointError> {
+        match map.write_frozen(frozen).await {
+            Ok(root) => Ok(root.into()),
+            Err(error) => {
+                // What was frozen is lost to the map: the log has it, and the next open replays it.
+                self.streams.close();
+                let replica = ballast_block::ReplicaId(replica);
+                Err(CheckpointError::Map { replica, problem: error.to_string() })
+            }
+        }
+    }
+}
+
+impl<E: Env> ReplicaInner<E> {
+    /// Captures everything a checkpoint keeps of the replica. No await, no I/O.
+    fn freeze(&self) -> Frozen<E> {
+        let log = self.log.borrow();
+        let applied = self.applied.borrow();
+        let state = match (self.state_is_restored.get(), &*self.state_source.borrow()) {
+            (false, Some(source)) => source(),
+            _ => self.restored.borrow().state.clone(),
+        };
+        let mut entries = Vec::new();
+        log.slots().for_each(|slot| pack(slot, &mut entries));
+        let suspect = match *self.health.borrow() {
+            Health::Good => None,
+            Health::Suspect { vote_lost, term } => Some(SuspectV1 { vote_lost, term }),
+        };
+        let resync = self.resync.borrow().clone();
+        let saved = ReplicaV1 {
+            descriptor: Some(DescriptorV1::new(&self.descriptor, self.vote_slot)),
+            op: self.op.get(),
+            vote: log.vote.as_ref().map(Into::into),
+            purged: log.purged.map(Into::into),
+            committed: log.committed.map(Into::into),
+            applied: applied.id.map(Into::into),
+            membership: Some(MembershipV1::new(&applied.membership)),
+            state,
+            sequence: applied.sequence.0,
+            suspect,
+            entries: entries.into(),
+            map: Bytes::new(),
+            resync: resync.as_ref().map(|resync| ResyncV1 {
+                id: resync.id,
+                since: resync.since.0,
+                installed: resync.installed.get(),
+                map: Bytes::new(),
+                from_empty: resync.from_empty,
+            }),
+            resyncs: self.resyncs.get(),
+        };
+        let map = self.map();
+        let frozen = map.freeze();
+        let resync = resync.map(|resync| (resync.map.clone(), resync.map.freeze()));
+        Frozen { saved, map, frozen, resync }
+    }
+}

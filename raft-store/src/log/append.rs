@@ -1,0 +1,202 @@
+//! Append: step 5 of a write. One record per entry, queued for the stream's next disk write; one
+//! push to the index; one reference in the cache. Also the log's control records.
+
+use std::io;
+use std::rc::Rc;
+
+use ballast_block::checksum::block_crcs;
+use ballast_block::geometry::BLOCK_SIZE;
+use ballast_env::Env;
+use openraft::storage::IOFlushed;
+use prost::Message;
+
+use crate::entry::{self, Body, Command, WriteData};
+use crate::log::index::Slot;
+use crate::pool::PoolFailure;
+use crate::replica::core::ReplicaInner;
+use crate::replica::record::{LogPointV1, VoteV1};
+use crate::replica::saved::without_payload;
+use crate::stream::{AppendError, RecordKind, SpaceClass, StreamId, StreamPosition};
+use crate::types::{Entry, EntryPayload, LogId, TypeConfig, Vote};
+
+impl<E: Env> ReplicaInner<E> {
+    /// Queues `entries`; they are readable when this returns, and durable when `flushed` is called.
+    pub async fn append_entries(
+        self: Rc<Self>,
+        entries: impl IntoIterator<Item = Entry>,
+        flushed: IOFlushed<TypeConfig>,
+    ) -> Result<(), PoolFailure> {
+        self.alive()?;
+        let mut end: Option<(LogId, StreamPosition)> = None;
+        for entry in entries {
+            let id = entry.log_id;
+            end = Some((id, self.append_entry(entry).await?));
+        }
+        let Some((last, at)) = end else {
+            flushed.io_completed(Ok(()));
+            return Ok(());
+        };
+        self.append_committed_hint();
+        let streams = self.shared.streams.clone();
+        let durable = Box::new(move |outcome: Result<(), _>| match outcome {
+            Ok(()) => {
+                self.note_durable(last);
+                flushed.io_completed(Ok(()));
+            }
+            Err(failed) => {
+                let failure = PoolFailure::from(failed);
+                flushed.io_completed(Err(io::Error::other(failure)));
+            }
+        });
+        streams.on_durable(StreamId::Hot, at, durable);
+        Ok(())
+    }
+
+    /// Queues one entry. Waits only when the pool has no space at all.
+    async fn append_entry(&self, entry: Entry) -> Result<StreamPosition, PoolFailure> {
+        loop {
+            match self.try_append_entry(&entry) {
+                Ok((slot, at)) => {
+                    self.retain(&slot);
+                    self.log.borrow_mut().push(slot);
+                    return Ok(at);
+                }
+                Err(AppendError::PoolFailed(failed)) => return Err(failed.into()),
+                Err(AppendError::OutOfSpace { .. }) => self.shared.wait_for_space().await,
+            }
+            self.alive()?;
+        }
+    }
+
+    fn try_append_entry(&self, entry: &Entry) -> Result<(Slot, StreamPosition), AppendError> {
+        let mut header = self.shared.scratch.borrow_mut();
+        header.clear();
+        let payload = match entry::encode(entry, &mut header) {
+            None => None,
+            Some(WriteData::Memory(bytes)) => Some(bytes),
+            Some(WriteData::Stored) => {
+                panic!(
+                    "{}: append of {} without its payload",
+                    self.descriptor.replica, entry.log_id
+                )
+            }
+        };
+        let (class, kind) = (space_class(entry), RecordKind::Entry);
+        let appended = match (&entry.payload, &payload) {
+            (EntryPayload::Normal(Command { body: Body::Write { crcs, .. }, .. }), _) => {
+                self.append(class, kind, &header, payload.clone(), crcs)?
+            }
+            (_, Some(bytes)) => {
+                let crcs: Vec<u32> = block_crcs(bytes).collect();
+                self.append(class, kind, &header, payload.clone(), &crcs)?
+            }
+            (_, None) => self.append(class, kind, &header, None, &[])?,
+        };
+        let blocks = payload.as_ref().map_or(0, |bytes| bytes.len() / BLOCK_SIZE);
+        if let Some(bytes) = payload {
+            self.shared.cache.borrow_mut().put(appended.place, bytes);
+        }
+        let slot = Slot {
+            entry: without_payload(entry.clone()),
+            place: appended.place,
+            blocks: u32::try_from(blocks).expect("TRANSFER_BLOCKS_MAX fits"),
+            damaged: false,
+        };
+        Ok((slot, appended.at))
+    }
+
+    /// Sends the commit hint along with what was just queued, if there is a new one. It may be left
+    /// out: then it goes with the next.
+    fn append_committed_hint(&self) {
+        if !self.committed_unsaved.get() {
+            return;
+        }
+        let body = LogPointV1 { id: self.log.borrow().committed.map(Into::into) }.encode_to_vec();
+        let kind = RecordKind::Committed;
+        if self.append(SpaceClass::Normal, kind, &body, None, &[]).is_ok() {
+            self.committed_unsaved.set(false);
+        }
+    }
+
+    /// The log up to `last` is durable, unless it was truncated since.
+    fn note_durable(&self, last: LogId) {
+        let log = self.log.borrow();
+        let still_there = log.get(last.index).is_some_and(|slot| slot.entry.log_id == last);
+        if still_there || log.purged >= Some(last) {
+            self.durable.set(self.durable.get().max(Some(last)));
+        }
+    }
+
+    /// Persists the vote in both of its places.
+    pub async fn save_vote(&self, vote: &Vote) -> Result<(), PoolFailure> {
+        self.alive()?;
+        let body = VoteV1::from(vote).encode_to_vec();
+        let kind = RecordKind::Vote;
+        let appended = self.append_or_wait(SpaceClass::Control, kind, &body, None, &[]).await?;
+        let op = self.op.get();
+        self.log.borrow_mut().vote = Some(*vote);
+        let streams = &self.shared.streams;
+        let record = streams.durable(StreamId::Hot, appended.at);
+        let slot =
+            streams.write_vote_slot(self.vote_slot, self.descriptor.replica, op, body.into());
+        let (record, slot) = futures_util::future::join(record, slot).await;
+        record.and(slot).map_err(PoolFailure::from)
+    }
+
+    /// Voids the entries after `last`.
+    pub async fn truncate_after(&self, last: Option<LogId>) -> Result<(), PoolFailure> {
+        self.alive()?;
+        let body = LogPointV1 { id: last.map(Into::into) }.encode_to_vec();
+        self.append_or_wait(SpaceClass::Control, RecordKind::Truncate, &body, None, &[]).await?;
+        self.truncate_index(last);
+        Ok(())
+    }
+
+    /// The part of a truncation that is memory.
+    pub fn truncate_index(&self, last: Option<LogId>) {
+        let removed = self.log.borrow_mut().truncate_after(last);
+        if self.durable.get() > last {
+            self.durable.set(last);
+        }
+        self.release(&removed, true);
+    }
+
+    /// Forgets the entries up to `upto`. Not waited for: a purge that is lost is made again.
+    pub async fn purge(&self, upto: LogId) -> Result<(), PoolFailure> {
+        self.alive()?;
+        let body = LogPointV1 { id: Some(upto.into()) }.encode_to_vec();
+        self.append_or_wait(SpaceClass::Control, RecordKind::Purge, &body, None, &[]).await?;
+        self.purge_index(upto);
+        Ok(())
+    }
+
+    /// The part of a purge that is memory. Entries that were never applied (an installed state
+    /// covers them) leave payload that nothing will refer to.
+    pub fn purge_index(&self, upto: LogId) {
+        let removed = self.log.borrow_mut().purge(upto);
+        let applied = self.applied.borrow().id;
+        let applied_ones = removed.partition_point(|slot| Some(slot.entry.log_id) <= applied);
+        self.release(&removed[..applied_ones], false);
+        self.release(&removed[applied_ones..], true);
+    }
+
+    /// Whether the log may be written.
+    pub fn alive(&self) -> Result<(), PoolFailure> {
+        self.shared.check()?;
+        match self.dropped.get() {
+            true => Err(PoolFailure::ReplicaDropped(self.descriptor.replica)),
+            false => Ok(()),
+        }
+    }
+}
+
+/// Which reserve an entry may use: what frees space must get through when there is none.
+fn space_class(entry: &Entry) -> SpaceClass {
+    match &entry.payload {
+        EntryPayload::Blank | EntryPayload::Membership(_) => SpaceClass::Control,
+        EntryPayload::Normal(command) => match &command.body {
+            Body::Write { .. } => SpaceClass::Normal,
+            Body::Trim { .. } | Body::Control(_) => SpaceClass::Trim,
+        },
+    }
+}

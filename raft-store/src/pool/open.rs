@@ -1,0 +1,353 @@
+//! Opening: from the last checkpoint and the records since to replicas that work.
+//!
+//! Owns what each record means for the log and which replicas are suspect. Nothing is applied
+//! here: the log is replayed into the index, and the consensus library applies it again.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::rc::Rc;
+
+use ballast_block::geometry::BLOCK_SIZE;
+use ballast_block::{ReplicaId, Sequence};
+use ballast_env::Env;
+use bytes::Bytes;
+use prost::Message;
+
+use crate::format::vote_slot::{SlotNumber, SlotState};
+use crate::log::index::Slot;
+use crate::map::ExtentMap;
+use crate::place::Place;
+use crate::pool::shared::Shared;
+use crate::pool::{OpenPoolError, PoolExpectation, RecoveryReport};
+use crate::replica::core::{Applied, ReplicaInner};
+use crate::replica::record::{
+    DescriptorV1, InstallV1, LogPointV1, MovedEntryV1, VoteV1, later_vote,
+};
+use crate::replica::resync::ResyncState;
+use crate::replica::saved::{Packed, PoolV1, ReplicaV1, ResyncV1, SuspectV1, unpack};
+use crate::replica::{Health, InstallState, Restored};
+use crate::stream::{Finding, Opened, PayloadState, RecordKind, Replayed, Suspicion, suspects};
+use crate::types::{LogId, StoredMembership, Vote};
+
+/// Opens a pool and brings its replicas to where their logs end.
+pub(super) async fn open<E: Env>(
+    env: E,
+    path: &Path,
+    expect: PoolExpectation,
+) -> Result<(Rc<Shared<E>>, RecoveryReport), OpenPoolError> {
+    let opened = crate::stream::open(env, path, expect).await?;
+    let Opened { streams, checkpoint_body, replay, findings, bytes_read } = opened;
+    let shared = Rc::new(Shared::new(streams));
+    let outcome = recover(&shared, checkpoint_body, &replay, &findings).await;
+    if let Err(error) = outcome {
+        shared.stop();
+        return Err(error);
+    }
+    let replicas = shared.all();
+    let is_suspect = |one: &&Rc<ReplicaInner<E>>| *one.health.borrow() != Health::Good;
+    let damaged = |one: &Rc<ReplicaInner<E>>| {
+        one.log.borrow().slots().filter(|slot| slot.damaged).count() as u64
+    };
+    let report = RecoveryReport {
+        replicas: replicas.len(),
+        replayed_records: replay.len() as u64,
+        replayed_bytes: bytes_read,
+        torn_tail: findings.iter().any(|one| matches!(one, Finding::TornTail { .. })),
+        suspects: replicas.iter().filter(is_suspect).map(|one| one.descriptor.replica).collect(),
+        damaged_entries: replicas.iter().map(damaged).sum(),
+    };
+    for finding in &findings {
+        tracing::warn!(?finding, pool = %shared.streams.info().pool, "recovery");
+    }
+    Ok((shared, report))
+}
+
+async fn recover<E: Env>(
+    shared: &Rc<Shared<E>>,
+    body: Option<Bytes>,
+    replay: &[Replayed],
+    findings: &[Finding],
+) -> Result<(), OpenPoolError> {
+    if let Some(body) = body {
+        load(shared, body).await?;
+    }
+    let known: BTreeMap<ReplicaId, u64> =
+        shared.all().iter().map(|one| (one.descriptor.replica, one.op.get())).collect();
+    for record in replay {
+        replay_one(shared, record).await?;
+    }
+    read_votes(shared, &suspects(findings, replay, &known)).await;
+    for replica in shared.all() {
+        let installed = replica.resync.borrow().as_ref().map(|resync| resync.installed.get());
+        match installed {
+            None => {}
+            // Its changes are lost in part: those since the checkpoint.
+            Some(false) => replica.abandon_resync(),
+            Some(true) => replica
+                .drain()
+                .await
+                .map_err(|error| refused(&replica, &format!("install: {error}")))?,
+        }
+        replica.settle();
+    }
+    Ok(())
+}
+
+fn refused<E: Env>(replica: &ReplicaInner<E>, problem: &str) -> OpenPoolError {
+    OpenPoolError::Refused(format!("{}: {problem}", replica.descriptor.replica))
+}
+
+/// Takes over what the checkpoint has.
+async fn load<E: Env>(shared: &Rc<Shared<E>>, body: Bytes) -> Result<(), OpenPoolError> {
+    let unreadable = |problem: String| OpenPoolError::Refused(format!("checkpoint: {problem}"));
+    let body = PoolV1::decode(body).map_err(|error| unreadable(error.to_string()))?;
+    shared.dropped.borrow_mut().extend(body.dropped.iter().map(|&id| ReplicaId(id)));
+    for saved in body.replicas {
+        let replica = load_replica(shared, saved).await.map_err(unreadable)?;
+        shared.replicas.borrow_mut().insert(replica.descriptor.replica, Rc::new(replica));
+    }
+    Ok(())
+}
+
+async fn load_replica<E: Env>(
+    shared: &Rc<Shared<E>>,
+    saved: ReplicaV1,
+) -> Result<ReplicaInner<E>, String> {
+    let descriptor = saved.descriptor.as_ref().and_then(DescriptorV1::split);
+    let (descriptor, slot) = descriptor.ok_or("no descriptor")?;
+    let load = |root: Bytes| {
+        let io = shared.map_io.clone();
+        async move { ExtentMap::load(&root, io, &shared.pages).await.map_err(|e| e.to_string()) }
+    };
+    let map = load(saved.map).await?;
+    let replica = ReplicaInner::with_map(shared.clone(), descriptor, slot, map);
+    replica.op.set(saved.op);
+    replica.resyncs.set(saved.resyncs);
+    if let Some(SuspectV1 { vote_lost, term }) = saved.suspect {
+        *replica.health.borrow_mut() = Health::Suspect { vote_lost, term };
+    }
+    let membership = saved.membership.unwrap_or_default().decode_membership();
+    *replica.applied.borrow_mut() = Applied {
+        id: saved.applied.map(Into::into),
+        membership: membership.map_err(|error| error.to_string())?,
+        sequence: Sequence(saved.sequence),
+    };
+    replica.restored.borrow_mut().state = saved.state;
+    if let Some(ResyncV1 { id, since, installed, map, from_empty }) = saved.resync {
+        let map = Rc::new(load(map).await?);
+        let state = ResyncState {
+            id,
+            since: Sequence(since),
+            from_empty,
+            map,
+            installed: installed.into(),
+        };
+        *replica.resync.borrow_mut() = Some(Rc::new(state));
+    }
+    {
+        let mut log = replica.log.borrow_mut();
+        log.vote = saved.vote.map(Into::into);
+        log.purged = saved.purged.map(Into::into);
+        log.committed = saved.committed.map(Into::into);
+    }
+    for packed in unpack(saved.entries).map_err(|error| error.to_string())? {
+        let slot = replica.unpacked(packed).await?;
+        replica.retain(&slot);
+        replica.log.borrow_mut().push(slot);
+    }
+    Ok(replica)
+}
+
+/// Does again what a record did.
+async fn replay_one<E: Env>(
+    shared: &Rc<Shared<E>>,
+    record: &Replayed,
+) -> Result<(), OpenPoolError> {
+    if record.kind == RecordKind::CreateReplica {
+        let descriptor = DescriptorV1::decode(record.body.clone()).ok();
+        let Some((descriptor, slot)) =
+            descriptor.and_then(|descriptor: DescriptorV1| descriptor.split())
+        else {
+            return Err(OpenPoolError::Refused(format!("{}: no descriptor", record.replica)));
+        };
+        let replica = ReplicaInner::empty(shared.clone(), descriptor, slot);
+        replica.op.set(record.op);
+        shared.replicas.borrow_mut().insert(record.replica, Rc::new(replica));
+        return Ok(());
+    }
+    let Some(replica) = shared.replicas.borrow().get(&record.replica).cloned() else {
+        // Its creation was lost (row R3): it never had anything that another record proves.
+        tracing::error!(replica = %record.replica, "record of a replica that is not known");
+        return Ok(());
+    };
+    replica.op.set(record.op);
+    let problem = |problem: String| refused(&replica, &problem);
+    match record.kind {
+        RecordKind::Entry => replica.replay_entry(record).await.map_err(problem)?,
+        RecordKind::Vote => {
+            let vote: Vote = decode::<VoteV1>(record).map_err(problem)?.into();
+            replica.log.borrow_mut().vote = Some(vote);
+        }
+        RecordKind::Truncate => {
+            let last = decode::<LogPointV1>(record).map_err(problem)?.id.map(LogId::from);
+            replica.truncate_index(last);
+        }
+        RecordKind::Purge => {
+            if let Some(upto) = decode::<LogPointV1>(record).map_err(problem)?.id {
+                replica.purge_index(upto.into());
+            }
+        }
+        RecordKind::Committed => {
+            let id = decode::<LogPointV1>(record).map_err(problem)?.id.map(LogId::from);
+            replica.log.borrow_mut().committed = id;
+        }
+        RecordKind::DropReplica => shared.forget(&replica),
+        RecordKind::MovedEntry => {
+            if let (Some(id), Some(payload)) =
+                (decode::<MovedEntryV1>(record).map_err(problem)?.id, record.payload)
+            {
+                replica.move_entry(id.into(), payload.place);
+            }
+        }
+        RecordKind::Install => replica.replay_install(record).await.map_err(problem)?,
+        RecordKind::CreateReplica | RecordKind::Moved | RecordKind::Page => {}
+    }
+    Ok(())
+}
+
+fn decode<M: Message + Default>(record: &Replayed) -> Result<M, String> {
+    M::decode(record.body.clone())
+        .map_err(|error| format!("{:?} record {}: {error}", record.kind, record.op))
+}
+
+/// Compares the votes with their second places, and makes suspects.
+async fn read_votes<E: Env>(shared: &Rc<Shared<E>>, suspects: &BTreeMap<ReplicaId, Suspicion>) {
+    let replicas = shared.all();
+    let last = replicas.iter().map(|one| one.vote_slot).max();
+    let slots = match last {
+        Some(SlotNumber(last)) => shared.streams.read_vote_slots(usize::from(last) + 1).await,
+        None => Vec::new(),
+    };
+    for replica in replicas {
+        let id = replica.descriptor.replica;
+        let slot = &slots[usize::from(replica.vote_slot.0)];
+        let second = match slot {
+            SlotState::Vote(vote) if vote.replica == id => {
+                VoteV1::decode(vote.body.clone()).ok().map(Vote::from)
+            }
+            _ => None,
+        };
+        let mut log = replica.log.borrow_mut();
+        log.vote = later_vote(log.vote, second);
+        let term = log.vote.map_or(0, |vote| vote.leader_id.term);
+        let last_term = log.last().map_or(0, |last| crate::types::term_of(&last));
+        let mut health = replica.health.borrow_mut();
+        if suspects.contains_key(&id) {
+            let before = matches!(*health, Health::Suspect { vote_lost: true, .. });
+            let vote_lost = before || *slot == SlotState::Damaged;
+            *health = Health::Suspect { vote_lost, term: term.max(last_term) };
+        }
+    }
+}
+
+impl<E: Env> ReplicaInner<E> {
+    /// The slot of a packed entry; reads its payload where it can't be decoded without.
+    async fn unpacked(&self, packed: Packed) -> Result<Slot, String> {
+        let payload = match packed.needs_payload() {
+            true => Some(self.whole_payload(packed.place, packed.blocks).await?),
+            false => None,
+        };
+        packed.into_slot(payload).map_err(|error| error.to_string())
+    }
+
+    async fn whole_payload(&self, place: Place, blocks: u32) -> Result<Bytes, String> {
+        let buffer = self.shared.streams.buffers().get(blocks as usize * BLOCK_SIZE);
+        let read = self.shared.streams.read_blocks(place, blocks, buffer).await;
+        Ok(read.map_err(|error| error.to_string())?.freeze())
+    }
+
+    async fn replay_entry(&self, record: &Replayed) -> Result<(), String> {
+        let (place, blocks) =
+            record.payload.map_or((Place(0), 0), |payload| (payload.place, payload.blocks));
+        let damaged = record.payload_state == PayloadState::Damaged;
+        let packed = Packed { header: record.body.clone(), place, blocks, damaged };
+        if damaged && packed.needs_payload() {
+            // A control entry that can't be read is as good as lost: the log ends before it.
+            self.suspect();
+            return Ok(());
+        }
+        let slot = self.unpacked(packed).await?;
+        let id = slot.entry.log_id;
+        let last = self.log.borrow().last();
+        if let Some(last) = last.filter(|last| id.index != last.index + 1) {
+            // Between records of which none is lost this can't be: openraft's log has no holes.
+            self.suspect();
+            if id.index > last.index {
+                return Ok(());
+            }
+            let keep = {
+                let log = self.log.borrow();
+                let before = id.index.checked_sub(1).and_then(|index| log.get(index));
+                before.map(|slot| slot.entry.log_id).or(log.purged)
+            };
+            self.truncate_index(keep);
+        }
+        self.retain(&slot);
+        self.log.borrow_mut().push(slot);
+        Ok(())
+    }
+
+    /// May have lost something that it acknowledged.
+    fn suspect(&self) {
+        let mut health = self.health.borrow_mut();
+        if *health == Health::Good {
+            let term = self.log.borrow().vote.map_or(0, |vote| vote.leader_id.term);
+            *health = Health::Suspect { vote_lost: false, term };
+        }
+    }
+
+    async fn replay_install(&self, record: &Replayed) -> Result<(), String> {
+        let unreadable = |what: &str| format!("install record {}: {what}", record.op);
+        let encoded = match record.payload {
+            None => record.body.clone(),
+            Some(payload) => {
+                self.shared.streams.segments().mark_dead(payload.place, payload.blocks);
+                let length = record.body.as_ref().try_into().map(u64::from_le_bytes);
+                let length = length.map_err(|_| unreadable("no length"))?;
+                let whole = self.whole_payload(payload.place, payload.blocks).await?;
+                let length = usize::try_from(length).map_err(|_| unreadable("length"))?;
+                if length > whole.len() || record.payload_state != PayloadState::Good {
+                    return Err(unreadable("payload is damaged: replace this replica"));
+                }
+                whole.slice(..length)
+            }
+        };
+        let install = InstallV1::decode(encoded).map_err(|error| unreadable(&error.to_string()))?;
+        let resync = self.resync.borrow().clone();
+        let resync = resync.filter(|resync| resync.id == install.resync);
+        let resync = resync.ok_or_else(|| unreadable("its changes are not in the checkpoint"))?;
+        let membership = install.membership.unwrap_or_default().decode_membership();
+        let state = InstallState {
+            applied: install.applied.ok_or_else(|| unreadable("no log id"))?.into(),
+            membership: membership.map_err(|error| unreadable(&error.to_string()))?,
+            state: install.state,
+            sequence: Sequence(install.sequence),
+        };
+        self.switch(&state, &resync);
+        Ok(())
+    }
+
+    /// The last step: what is in the log is durable, and what was restored is known.
+    fn settle(&self) {
+        let applied = self.applied.borrow();
+        let mut log = self.log.borrow_mut();
+        self.durable.set(log.last());
+        // A hint may be ahead of what a suspect still has.
+        log.committed = log.committed.min(log.last().max(applied.id));
+        self.committed_unsaved.set(false);
+        let state = self.restored.borrow().state.clone();
+        let membership: StoredMembership = applied.membership.clone();
+        *self.restored.borrow_mut() =
+            Restored { applied: applied.id, membership, state, sequence: applied.sequence };
+    }
+}

@@ -1,0 +1,100 @@
+//! Apply: step 7 of a write. Memory only, no await: the map points at payload that lies in the log.
+
+use ballast_block::{BranchId, Sequence};
+use ballast_env::Env;
+
+use crate::entry::Body;
+use crate::log::index::Slot;
+use crate::replica::core::ReplicaInner;
+use crate::types::{EntryPayload, LogId, Membership, StoredMembership};
+
+impl<E: Env> ReplicaInner<E> {
+    pub fn apply_write(&self, id: LogId, branch: BranchId, sequence: Sequence) {
+        let log = self.log.borrow();
+        let slot = log.get(id.index).filter(|slot| slot.entry.log_id == id);
+        let Some(Slot { entry, place, .. }) = slot else {
+            panic!("{}: apply of {id}, which the log does not hold", self.descriptor.replica)
+        };
+        let EntryPayload::Normal(command) = &entry.payload else {
+            panic!("{}: apply of {id} as a write, which it is not", self.descriptor.replica)
+        };
+        let Body::Write { range, crcs, .. } = &command.body else {
+            panic!("{}: apply of {id} as a write, which it is not", self.descriptor.replica)
+        };
+        self.map.borrow().write(branch, sequence, *range, *place, crcs);
+        drop(log);
+        self.note_delta();
+        self.advance(id, Some(sequence));
+    }
+
+    pub fn apply_trim(
+        &self,
+        id: LogId,
+        branch: BranchId,
+        sequence: Sequence,
+        start: u64,
+        count: u64,
+    ) {
+        self.map.borrow().trim(branch, sequence, start, count);
+        self.note_delta();
+        self.advance(id, Some(sequence));
+    }
+
+    pub fn apply_rejected(&self, id: LogId) {
+        let log = self.log.borrow();
+        if let Some(slot) = log.get(id.index).filter(|slot| slot.entry.log_id == id)
+            && slot.is_write()
+        {
+            self.shared.streams.segments().mark_dead(slot.place, slot.blocks);
+        }
+        drop(log);
+        self.advance(id, None);
+    }
+
+    pub fn apply_other(
+        &self,
+        id: LogId,
+        membership: Option<Membership>,
+        sequence: Option<Sequence>,
+    ) {
+        if let Some(membership) = membership {
+            self.applied.borrow_mut().membership = StoredMembership::new(Some(id), membership);
+        }
+        self.advance(id, sequence);
+    }
+
+    fn advance(&self, id: LogId, sequence: Option<Sequence>) {
+        let mut applied = self.applied.borrow_mut();
+        assert!(
+            applied.id.is_none_or(|before| before.index < id.index),
+            "{}: apply of {id} after {:?}",
+            self.descriptor.replica,
+            applied.id,
+        );
+        assert!(
+            self.state_source.borrow().is_some(),
+            "{}: apply before set_state_source: a checkpoint could not say what state belongs to it",
+            self.descriptor.replica,
+        );
+        applied.id = Some(id);
+        self.state_is_restored.set(false);
+        if let Some(sequence) = sequence {
+            assert!(sequence >= applied.sequence, "sequence goes back to {sequence}");
+            applied.sequence = sequence;
+        }
+    }
+
+    /// Whether the maps' unmerged changes leave room for more.
+    pub async fn map_room(&self) {
+        while self.shared.delta_is_full() && self.shared.check().is_ok() {
+            let mut failure = self.shared.failure.clone();
+            let merged = self.shared.merged.notified();
+            self.shared.work.notify_one();
+            tokio::select! {
+                biased;
+                () = merged => {}
+                _ended = failure.wait_for(Option::is_some) => {}
+            }
+        }
+    }
+}

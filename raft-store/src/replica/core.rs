@@ -1,0 +1,175 @@
+//! The inside of a replica: its parts, and appending its records.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use ballast_block::Sequence;
+use ballast_env::Env;
+use bytes::Bytes;
+
+use crate::format::vote_slot::SlotNumber;
+use crate::log::index::{LogIndex, Slot};
+use crate::map::ExtentMap;
+use crate::pool::map_io::MapIo;
+use crate::pool::shared::Shared;
+use crate::pool::{PoolFailure, ReplicaDescriptor};
+use crate::replica::resync::ResyncState;
+use crate::replica::{Health, Restored};
+use crate::stream::{AppendError, Appended, RecordHead, RecordKind, SpaceClass, StreamId};
+use crate::types::{LogId, StoredMembership};
+
+/// The extent map of a replica.
+pub(crate) type Map<E> = ExtentMap<MapIo<E>>;
+
+/// What the map and the state of the layer above contain.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Applied {
+    pub id: Option<LogId>,
+    pub membership: StoredMembership,
+    pub sequence: Sequence,
+}
+
+/// What every handle of a replica shares. Borrows end before an await, always.
+pub(crate) struct ReplicaInner<E: Env> {
+    pub shared: Rc<Shared<E>>,
+    pub descriptor: ReplicaDescriptor,
+    pub vote_slot: SlotNumber,
+    pub log: RefCell<LogIndex>,
+    /// The last operation number used.
+    pub op: Cell<u64>,
+    /// The commit hint changed since it was last appended.
+    pub committed_unsaved: Cell<bool>,
+    /// The last entry that is durable here.
+    pub durable: Cell<Option<LogId>>,
+    pub map: RefCell<Rc<Map<E>>>,
+    /// This replica's part of [`Shared::delta_bytes`].
+    pub delta_bytes: Cell<usize>,
+    pub applied: RefCell<Applied>,
+    pub state_source: RefCell<Option<StateSource>>,
+    pub restored: RefCell<Restored>,
+    /// Nothing was applied since: the state is the restored one, whatever the source says.
+    pub state_is_restored: Cell<bool>,
+    pub health: RefCell<Health>,
+    pub dropped: Cell<bool>,
+    pub resync: RefCell<Option<Rc<ResyncState<E>>>>,
+    /// Resyncs begun so far.
+    pub resyncs: Cell<u64>,
+}
+
+/// Answers the state of the layer above.
+pub(crate) type StateSource = Rc<dyn Fn() -> Bytes>;
+
+impl<E: Env> ReplicaInner<E> {
+    /// A replica with nothing in it.
+    pub fn empty(
+        shared: Rc<Shared<E>>,
+        descriptor: ReplicaDescriptor,
+        vote_slot: SlotNumber,
+    ) -> Self {
+        let map = ExtentMap::new(shared.map_io.clone(), &shared.pages);
+        Self::with_map(shared, descriptor, vote_slot, map)
+    }
+
+    /// A replica with nothing in it but a map.
+    pub fn with_map(
+        shared: Rc<Shared<E>>,
+        descriptor: ReplicaDescriptor,
+        vote_slot: SlotNumber,
+        map: Map<E>,
+    ) -> Self {
+        let replica = Self {
+            shared,
+            descriptor,
+            vote_slot,
+            log: RefCell::default(),
+            op: Cell::new(0),
+            committed_unsaved: Cell::new(false),
+            durable: Cell::new(None),
+            map: RefCell::new(Rc::new(map)),
+            delta_bytes: Cell::new(0),
+            applied: RefCell::default(),
+            state_source: RefCell::new(None),
+            restored: RefCell::default(),
+            state_is_restored: Cell::new(true),
+            health: RefCell::new(Health::Good),
+            dropped: Cell::new(false),
+            resync: RefCell::new(None),
+            resyncs: Cell::new(0),
+        };
+        replica.note_delta();
+        replica
+    }
+
+    /// The map, to be used over an await.
+    pub fn map(&self) -> Rc<Map<E>> {
+        self.map.borrow().clone()
+    }
+
+    /// Keeps the pool's sum of unmerged changes right; call after every change of the map.
+    pub fn note_delta(&self) {
+        let resync = self.resync.borrow().as_ref().map_or(0, |resync| resync.map.delta_bytes());
+        let now = self.map.borrow().delta_bytes() + resync;
+        let total = &self.shared.delta_bytes;
+        total.set(total.get() + now - self.delta_bytes.replace(now));
+    }
+
+    /// Appends a record of this replica, with its next operation number.
+    pub fn append(
+        &self,
+        class: SpaceClass,
+        kind: RecordKind,
+        body: &[u8],
+        payload: Option<Bytes>,
+        crcs: &[u32],
+    ) -> Result<Appended, AppendError> {
+        let op = self.op.get() + 1;
+        let head = RecordHead { kind, replica: self.descriptor.replica, op, body };
+        let appended = self.shared.streams.append(StreamId::Hot, class, head, payload, crcs)?;
+        self.op.set(op);
+        Ok(appended)
+    }
+
+    /// As [`Self::append`]; where there is no space it waits for some instead: what was proposed is
+    /// never refused (guarantee **nothing-lost-when-full**).
+    pub async fn append_or_wait(
+        &self,
+        class: SpaceClass,
+        kind: RecordKind,
+        body: &[u8],
+        payload: Option<Bytes>,
+        crcs: &[u32],
+    ) -> Result<Appended, PoolFailure> {
+        loop {
+            self.shared.check()?;
+            match self.append(class, kind, body, payload.clone(), crcs) {
+                Ok(appended) => return Ok(appended),
+                Err(AppendError::PoolFailed(failed)) => return Err(failed.into()),
+                Err(AppendError::OutOfSpace { .. }) => self.shared.wait_for_space().await,
+            }
+        }
+    }
+
+    /// Accounts for an entry that the index holds now: its payload stays while it is retained.
+    pub fn retain(&self, slot: &Slot) {
+        if slot.blocks == 0 {
+            return;
+        }
+        let segments = self.shared.streams.segments();
+        segments.retain(slot.place);
+        if !slot.is_write() {
+            // No map will ever refer to it.
+            segments.mark_dead(slot.place, slot.blocks);
+        }
+    }
+
+    /// Accounts for entries that left the index; `void` ones will never be applied.
+    pub fn release(&self, slots: &[Slot], void: bool) {
+        let segments = self.shared.streams.segments();
+        for slot in slots.iter().filter(|slot| slot.blocks > 0) {
+            segments.release(slot.place);
+            if void && slot.is_write() {
+                segments.mark_dead(slot.place, slot.blocks);
+            }
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! Frozen views and differences: what a peer is resynced from.
+
+use std::rc::Rc;
+
+use ballast_block::geometry::BLOCK_SIZE;
+use ballast_block::{Payload, Sequence};
+use ballast_env::Env;
+use futures_util::future::join_all;
+
+use crate::map::{DiffRun, MapError, PinId, ROOT_BRANCH};
+use crate::replica::core::{Map, ReplicaInner};
+use crate::replica::{DamagedBlock, DiffChange, DiffPage, DiffRecord, ReadError, Replica};
+use crate::types::LogId;
+
+/// A frozen view of the map: what it shows is not freed until it is dropped.
+pub struct Pin<E: Env> {
+    replica: Replica<E>,
+    /// The map may be replaced by an install; the pin is of this one.
+    map: Rc<Map<E>>,
+    id: PinId,
+    applied: Option<LogId>,
+    sequence: Sequence,
+}
+
+impl<E: Env> Pin<E> {
+    /// The replica.
+    pub fn replica(&self) -> &Replica<E> {
+        &self.replica
+    }
+
+    /// The last entry that the view contains.
+    pub fn applied(&self) -> Option<LogId> {
+        self.applied
+    }
+
+    /// The sequence of the view.
+    pub fn sequence(&self) -> Sequence {
+        self.sequence
+    }
+}
+
+impl<E: Env> Drop for Pin<E> {
+    fn drop(&mut self) {
+        self.map.unpin(self.id);
+        self.replica.inner.note_delta();
+    }
+}
+
+impl<E: Env> Replica<E> {
+    /// Freezes a view at what is applied, for a resync of a peer.
+    pub fn pin(&self) -> Pin<E> {
+        let (applied, sequence) = {
+            let applied = self.inner.applied.borrow();
+            (applied.id, applied.sequence)
+        };
+        let map = self.inner.map();
+        let id = map.pin(ROOT_BRANCH, sequence);
+        Pin { replica: self.clone(), map, id, applied, sequence }
+    }
+
+    /// Changes with a sequence above `since` that `pin` shows, from block `from_block`, at most
+    /// about `max_bytes` of payload.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub async fn diff(
+        &self,
+        pin: &Pin<E>,
+        since: Sequence,
+        from_block: u64,
+        max_bytes: usize,
+    ) -> Result<DiffPage, ReadError> {
+        self.inner.usable()?;
+        let max_blocks = (max_bytes / BLOCK_SIZE).max(1);
+        let page = pin.map.diff(pin.id, since, from_block, max_blocks).await;
+        let page = page.map_err(|error| match error {
+            MapError::DiffTooOld { floor, .. } => ReadError::DiffTooOld { since, floor },
+            other => self.inner.map_error(&other),
+        })?;
+        let next = page.next;
+        let read = page.runs.into_iter().map(|run| self.inner.read_diff_run(run));
+        let mut records = Vec::new();
+        let mut damaged = Vec::new();
+        for outcome in join_all(read).await {
+            match outcome {
+                Ok(record) => records.push(record),
+                Err(ReadError::Damaged { blocks, .. }) => damaged.extend(blocks),
+                Err(other) => return Err(other),
+            }
+        }
+        if damaged.is_empty() {
+            return Ok(DiffPage { records, next });
+        }
+        Err(ReadError::Damaged { replica: self.id(), blocks: damaged })
+    }
+}
+
+impl<E: Env> ReplicaInner<E> {
+    async fn read_diff_run(&self, run: DiffRun) -> Result<DiffRecord, ReadError> {
+        let DiffRun { start, count, branch, sequence, data } = run;
+        let record = |change| DiffRecord { branch, start, count: count.into(), sequence, change };
+        let Some(data) = data else { return Ok(record(DiffChange::Hole)) };
+        let (payload, bad): (Payload, _) = self.read_payload(data.first, &data.crcs).await?;
+        if bad.is_empty() {
+            return Ok(record(DiffChange::Data { crcs: data.crcs.into(), payload }));
+        }
+        let name = |&nth: &usize| DamagedBlock {
+            branch,
+            block: start + nth as u64,
+            sequence,
+            crc: data.crcs[nth],
+        };
+        let blocks = bad.iter().map(name).collect();
+        Err(ReadError::Damaged { replica: self.descriptor.replica, blocks })
+    }
+}
