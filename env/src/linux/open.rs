@@ -9,6 +9,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU32;
 
 use ballast_block::BLOCK_SIZE;
 use nix::errno::Errno;
@@ -77,6 +78,7 @@ pub(super) struct Handle {
     kind: Kind,
     size: u64,
     flushes: bool,
+    writes: AtomicU32,
 }
 
 enum Descriptor {
@@ -115,6 +117,11 @@ impl Handle {
     /// Whether a write is followed by a flush, instead of carrying RWF_DSYNC.
     pub(super) fn flushes(&self) -> bool {
         self.flushes
+    }
+
+    /// Writes under way.
+    pub(super) fn writes(&self) -> &AtomicU32 {
+        &self.writes
     }
 
     pub(super) fn is_writable(&self) -> bool {
@@ -171,7 +178,8 @@ pub(super) fn open(path: &Path, mode: OpenMode, sync_by: SyncBy) -> io::Result<H
         drop(std::fs::remove_file(path));
     })?;
     let flushes = flushes(&file, sync_by);
-    Ok(Handle { descriptor: Descriptor::Locked(file), kind: Kind::Regular, size, flushes })
+    let writes = AtomicU32::new(0);
+    Ok(Handle { descriptor: Descriptor::Locked(file), kind: Kind::Regular, size, flushes, writes })
 }
 
 fn is_wrong_type(path: &Path) -> bool {
@@ -196,7 +204,7 @@ fn existing(path: &Path, file: File, mode: OpenMode, sync_by: SyncBy) -> io::Res
         OpenMode::ReadOnly => Descriptor::ReadOnly(file),
         OpenMode::Exclusive | OpenMode::CreateNew { .. } => Descriptor::Locked(lock(path, file)?),
     };
-    Ok(Handle { descriptor, kind, size, flushes })
+    Ok(Handle { descriptor, kind, size, flushes, writes: AtomicU32::new(0) })
 }
 
 fn flushes(file: &File, sync_by: SyncBy) -> bool {
