@@ -1,5 +1,7 @@
 //! Damage by kind: each ends as the decision table (docs/disk-format.md) says.
 
+#![allow(clippy::disallowed_methods, reason = "waits in tokio's paused time")]
+
 mod support;
 
 use std::collections::BTreeMap;
