@@ -4,10 +4,15 @@
 mod common;
 
 use ballast_block::{FamilyId, ReplicaId};
-use ballast_cluster::{ClusterState, Command, CommandError, PoolState, StateError};
-use common::{booted, booted_with, cluster_of, create, ready_volume, register, report, volume_id};
+use ballast_cluster::{
+    ClusterState, Command, CommandError, PoolState, Refusal, RefusalCode, Reply, StateError,
+};
+use common::{
+    booted, booted_with, cluster_of, create, pool_id, ready_volume, register, report, volume_id,
+};
 
 const COMMANDS: &str = include_str!("golden/commands-v1.txt");
+const REPLIES: &str = include_str!("golden/replies-v1.txt");
 const STATE: &str = include_str!("golden/state-v1.txt");
 
 fn one_of_each() -> Vec<Command> {
@@ -59,6 +64,26 @@ fn commands_v1() {
     for (line, command) in COMMANDS.lines().zip(one_of_each()) {
         let (_, bytes) = line.split_once(' ').expect("name and bytes");
         assert_eq!(Command::decode(&unhex(bytes)), Ok(command));
+    }
+}
+
+#[test]
+fn replies_v1() {
+    let mut state = cluster_of(3);
+    let rolled_back = Reply::PoolRolledBack {
+        pool: pool_id(7),
+        known: 5,
+        reported: 4,
+        lost: vec![ReplicaId(1000)],
+    };
+    let message = "pool is gone".to_owned();
+    let refusal = Refusal::Forwarded { code: RefusalCode::NotFound, message };
+    let volume = state.apply(create("pvc-1", 3, 3));
+    let replies = [Reply::Done, volume, rolled_back, Reply::Refused(refusal)];
+    let now: String = replies.iter().map(|reply| hex(&reply.encode()) + "\n").collect();
+    assert_eq!(REPLIES, now);
+    for (line, reply) in REPLIES.lines().zip(replies) {
+        assert_eq!(Reply::decode(&unhex(line)), Ok(reply));
     }
 }
 
