@@ -59,8 +59,7 @@ pub trait File: 'static {
     ) -> impl Future<Output = (io::Result<()>, AlignedBuf)> + 'static;
 
     /// Writes `parts` back to back at `offset`, durable when it returns `Ok` (O_DIRECT, with
-    /// RWF_DSYNC or a flush behind it). Every part is block-aligned in memory and a whole number of
-    /// blocks.
+    /// RWF_DSYNC or a flush behind it). Every part is block-aligned in memory and a whole number of blocks.
     fn write_at(
         &self,
         offset: u64,

@@ -116,18 +116,6 @@ fn admit<E: Env>(inner: &Inner<E>, peer: &Identity) -> Result<(), String> {
     Ok(())
 }
 
-/// A command that an earlier process of a node left in a link must not be proposed after those of
-/// its next process: the report of an earlier start would make the pool look rolled back.
-fn check_newest<E: Env>(inner: &Inner<E>, peer: &Identity) -> Result<(), PeerError> {
-    let newest = inner.boots.borrow().get(&peer.node).copied();
-    match newest {
-        Some(newest) if newest != (peer.pool, peer.boot, peer.incarnation) => {
-            Err(refused("this process was followed by another: its commands are void"))
-        }
-        _ => Ok(()),
-    }
-}
-
 /// Step 5 of a write on a follower: entries of one leader, in order, into the log.
 async fn follow<E: Env>(
     group: Group<E>,
@@ -220,7 +208,6 @@ async fn dispatch<E: Env>(inner: Rc<Inner<E>>, peer: Identity, frame: Frame) -> 
             message(&FlagV1 { flag: attach::is_alive(&inner, ask.attachment) })
         }
         Tag::Propose => {
-            check_newest(&inner, &peer)?;
             let call: ClusterCallV1 = decode(body)?;
             message(&inner.cluster.propose_here(call.bytes).await)
         }

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use ballast_block::{AlignedBuf, BLOCK_SIZE, ReplicaId};
+use ballast_env::clock::Clock;
 use ballast_raft_store::place::Place;
 use ballast_raft_store::stream::{
     Finding, Opened, PayloadState, RecordHead, RecordKind, SpaceClass, StreamId, StreamSet,
@@ -196,8 +197,8 @@ impl Life {
             match random.below(12) {
                 0 => streams.flush().await.unwrap(),
                 1 | 2 => self.checkpoint(streams, random).await,
-                3 => tokio::time::sleep(std::time::Duration::from_millis(150)).await,
-                4 | 5 => tokio::time::sleep(std::time::Duration::from_millis(1)).await,
+                3 => self.env.sleep(std::time::Duration::from_millis(150)).await,
+                4 | 5 => self.env.sleep(std::time::Duration::from_millis(1)).await,
                 _ => {
                     for _ in 0..random.below(12) {
                         if !self.append(streams, random) {

@@ -1,12 +1,11 @@
 //! Damage by kind: each ends as the decision table (docs/disk-format.md) says.
 
-#![allow(clippy::disallowed_methods, reason = "waits in tokio's paused time")]
-
 mod support;
 
 use std::collections::BTreeMap;
 
 use ballast_block::ReplicaId;
+use ballast_env::clock::Clock;
 use ballast_raft_store::format::batch::Batch;
 use ballast_raft_store::format::segment_header::SegmentHeader;
 use ballast_raft_store::format::superblock::Superblock;
@@ -268,7 +267,7 @@ fn a_seal_makes_the_last_batch_provable() {
         let last = append(&streams, 2, 1, 1);
         streams.flush().await.unwrap();
         let unsealed = env.image(&path());
-        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        env.sleep(std::time::Duration::from_millis(200)).await;
         drop(streams);
         for (mut image, is_sealed) in [(unsealed, false), (env.image(&path()), true)] {
             image.rot(last.header.0, 300);

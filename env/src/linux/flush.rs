@@ -21,8 +21,7 @@ pub enum SyncBy {
     /// RWF_DSYNC. Without FUA the kernel then ends the write on a worker bound to the CPU of the
     /// disk's interrupt, and each write waits for its time slice when that CPU is busy.
     Flag,
-    /// A write without the flag, then fdatasync, shared by the writes that wait at that time; with
-    /// more than two writes in flight, the flag for the others.
+    /// A write without the flag, then fdatasync, shared by the writes that wait at that time.
     Flush,
 }
 

@@ -9,7 +9,6 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU32;
 
 use ballast_block::BLOCK_SIZE;
 use nix::errno::Errno;
@@ -78,7 +77,6 @@ pub(super) struct Handle {
     kind: Kind,
     size: u64,
     flushes: bool,
-    writes: AtomicU32,
 }
 
 enum Descriptor {
@@ -117,11 +115,6 @@ impl Handle {
     /// Whether a write is followed by a flush, instead of carrying RWF_DSYNC.
     pub(super) fn flushes(&self) -> bool {
         self.flushes
-    }
-
-    /// Writes under way.
-    pub(super) fn writes(&self) -> &AtomicU32 {
-        &self.writes
     }
 
     pub(super) fn is_writable(&self) -> bool {
@@ -178,8 +171,7 @@ pub(super) fn open(path: &Path, mode: OpenMode, sync_by: SyncBy) -> io::Result<H
         drop(std::fs::remove_file(path));
     })?;
     let flushes = flushes(&file, sync_by);
-    let writes = AtomicU32::new(0);
-    Ok(Handle { descriptor: Descriptor::Locked(file), kind: Kind::Regular, size, flushes, writes })
+    Ok(Handle { descriptor: Descriptor::Locked(file), kind: Kind::Regular, size, flushes })
 }
 
 fn is_wrong_type(path: &Path) -> bool {
@@ -204,7 +196,7 @@ fn existing(path: &Path, file: File, mode: OpenMode, sync_by: SyncBy) -> io::Res
         OpenMode::ReadOnly => Descriptor::ReadOnly(file),
         OpenMode::Exclusive | OpenMode::CreateNew { .. } => Descriptor::Locked(lock(path, file)?),
     };
-    Ok(Handle { descriptor, kind, size, flushes, writes: AtomicU32::new(0) })
+    Ok(Handle { descriptor, kind, size, flushes })
 }
 
 fn flushes(file: &File, sync_by: SyncBy) -> bool {

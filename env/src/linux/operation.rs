@@ -5,7 +5,6 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use ballast_block::AlignedBuf;
 use ballast_block::limits::RING_PUT_OFF_MAX;
@@ -37,10 +36,6 @@ pub(super) enum Work {
         parts: Vec<Bytes>,
         /// The vectors of the entry in flight; they point into `parts`.
         vectors: Vec<libc::iovec>,
-        /// Whether a flush follows; else the write itself is durable.
-        flush: bool,
-        /// Counts this write.
-        _turn: WriteTurn,
     },
     /// Punch a hole of so many bytes.
     Punch(u64),
@@ -62,9 +57,7 @@ impl Operation {
     }
 
     pub(super) fn write(file: Arc<Handle>, offset: u64, parts: Vec<Bytes>) -> Self {
-        let (turn, others) = WriteTurn::new(&file);
-        let flush = file.flushes() && others < FLUSHED_WRITES_MAX;
-        let work = Work::Write { parts, vectors: Vec::new(), flush, _turn: turn };
+        let work = Work::Write { parts, vectors: Vec::new() };
         Self { file, offset, done: 0, put_off: 0, work }
     }
 
@@ -89,13 +82,13 @@ impl Operation {
     pub(super) fn entry(&mut self) -> squeue::Entry {
         let fd = types::Fd(self.file.as_raw_fd());
         let offset = self.offset + self.done;
+        let flags = if self.file.flushes() { 0 } else { libc::RWF_DSYNC };
         match &mut self.work {
             Work::Read(buffer) => {
                 let rest = &mut buffer[self.done as usize..];
                 opcode::Read::new(fd, rest.as_mut_ptr(), clamp(rest.len())).offset(offset).build()
             }
-            Work::Write { parts, vectors, flush, .. } => {
-                let flags = if *flush { 0 } else { libc::RWF_DSYNC };
+            Work::Write { parts, vectors } => {
                 gather(parts, self.done, vectors);
                 if let [one] = vectors[..] {
                     opcode::Write::new(fd, one.iov_base.cast(), clamp(one.iov_len))
@@ -135,7 +128,7 @@ impl Operation {
             Work::Punch(_) => return Step::Done(Ok(())),
         };
         if self.done == length {
-            let flush = matches!(self.work, Work::Write { flush: true, .. });
+            let flush = matches!(self.work, Work::Write { .. }) && self.file.flushes();
             return if flush { Step::Flush } else { Step::Done(Ok(())) };
         }
         // The rest of a file's last sector can't be transferred directly.
@@ -143,28 +136,6 @@ impl Operation {
             return Step::Done(Err(at_end.into()));
         }
         Step::Again
-    }
-}
-
-/// With this many other writes of the file in flight, a write takes RWF_DSYNC even where a flush
-/// suits the disk: the kernel's worker then ends many writes each time that it gets the CPU.
-/// Measured (docs/decisions/0003-ring.md): a flush wins at 1 and 2 in flight, the flag at 4.
-const FLUSHED_WRITES_MAX: u32 = 2;
-
-/// Counts a write of a file for as long as it is under way.
-pub(super) struct WriteTurn(Arc<Handle>);
-
-impl WriteTurn {
-    /// The turn, and how many other writes there are.
-    fn new(file: &Arc<Handle>) -> (Self, u32) {
-        let others = file.writes().fetch_add(1, Ordering::Relaxed);
-        (Self(file.clone()), others)
-    }
-}
-
-impl Drop for WriteTurn {
-    fn drop(&mut self) {
-        self.0.writes().fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -23,7 +23,7 @@ pub enum DecodeTableError {
 impl FrozenTable {
     /// Takes the meta stream's segments from `now`: the pages that the checkpoint refers to were
     /// written after the freeze. What was live at the freeze stays live.
-    pub(crate) fn renew_meta(&mut self, now: FrozenTable) {
+    pub(super) fn unite_meta(&mut self, now: FrozenTable) {
         for (then, now) in self.segments.iter_mut().zip(now.segments) {
             let Some(mut now) = now.filter(is_meta) else { continue };
             if let Some(then) = then.as_ref().filter(|then| then.generation == now.generation) {

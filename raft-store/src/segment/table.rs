@@ -121,6 +121,8 @@ pub(super) struct Inner {
     cursor: SegmentNumber,
     generation: u64,
     live_blocks: u64,
+    /// Given up since the last freeze, by the checkpoint that is being made.
+    superseded: Vec<(Place, u32)>,
     /// Hot segments from this sequence on are replayed by recovery: never freed, never cleaned.
     replayed_from: u64,
 }
@@ -188,6 +190,7 @@ impl SegmentTable {
             cursor: SegmentNumber(0),
             generation: boot_counter << 32,
             live_blocks: 0,
+            superseded: Vec::new(),
             replayed_from: 0,
         };
         let reserves = Reserves::new(geometry.segments);
@@ -223,6 +226,14 @@ impl SegmentTable {
     /// Nothing refers to these blocks any more. Already dead blocks stay dead.
     pub fn mark_dead(&self, place: Place, count: u32) {
         self.set_live(place, count, false);
+    }
+
+    /// As [`SegmentTable::mark_dead`], for blocks that the checkpoint being made has already
+    /// replaced: it does not refer to them. What dies otherwise between its freeze and its commit
+    /// counts as live in it, because a crash may bring it back.
+    pub fn mark_superseded(&self, place: Place, count: u32) {
+        self.set_live(place, count, false);
+        self.inner.borrow_mut().superseded.push((place, count));
     }
 
     /// Whether a block is live.
@@ -422,8 +433,26 @@ impl SegmentTable {
         self.inner.borrow_mut().replayed_from = sequence;
     }
 
+    /// The table as it is now, for a checkpoint that begins.
+    pub(crate) fn begin_checkpoint(&self) -> FrozenTable {
+        self.inner.borrow_mut().superseded.clear();
+        self.freeze()
+    }
+
+    /// Takes what a checkpoint that ends has to know beyond its freeze.
+    pub(crate) fn renew_meta(&self, frozen: &mut FrozenTable) {
+        let superseded = std::mem::take(&mut self.inner.borrow_mut().superseded);
+        for (place, count) in superseded {
+            let (number, first) = self.locate(place);
+            if let Some(segment) = &mut frozen.segments[number.0 as usize] {
+                segment.set_live(first, count, false, self.geometry.segment_blocks);
+            }
+        }
+        frozen.unite_meta(self.freeze());
+    }
+
     /// The table as it is now.
-    pub(crate) fn freeze(&self) -> FrozenTable {
+    fn freeze(&self) -> FrozenTable {
         let inner = self.inner.borrow();
         let segments = inner.segments.iter();
         let segments = segments

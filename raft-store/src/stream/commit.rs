@@ -68,7 +68,7 @@ impl<E: Env> StreamSet<E> {
         let shared = self.shared();
         let starts = StreamId::ALL.map(|stream| shared.queue(stream).borrow_mut().freeze());
         let last = StreamId::ALL.map(|stream| self.position(stream));
-        FrozenSegments { table: shared.table.freeze(), starts, last }
+        FrozenSegments { table: shared.table.begin_checkpoint(), starts, last }
     }
 
     /// Waits until everything appended before a freeze is durable: nothing that a checkpoint
@@ -119,7 +119,7 @@ impl<E: Env> StreamSet<E> {
         let shared = self.shared();
         self.frozen_durable(&frozen).await?;
         let meta = self.position(StreamId::Meta);
-        frozen.table.renew_meta(shared.table.freeze());
+        shared.table.renew_meta(&mut frozen.table);
         let replayed_from = frozen.starts[0].segment_sequence;
         let unreferenced = frozen.table.drop_unreferenced(replayed_from);
         self.durable(StreamId::Meta, meta).await?;
