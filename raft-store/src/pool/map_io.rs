@@ -61,6 +61,6 @@ impl<E: Env> FreedSink for MapIo<E> {
 
     fn page_freed(&self, at: PageAddress) {
         let (place, blocks) = blocks_of(at);
-        self.streams.segments().mark_dead(place, blocks);
+        self.streams.segments().mark_superseded(place, blocks);
     }
 }
