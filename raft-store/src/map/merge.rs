@@ -271,6 +271,24 @@ impl Work {
         }
     }
 
+    /// Each branch's newest version of every block, and all other entries.
+    fn newest_and_others(&self) -> (BTreeMap<u32, Vec<Entry>>, Vec<Entry>) {
+        let mut newest: BTreeMap<u32, Vec<Entry>> = BTreeMap::new();
+        let mut others = Vec::new();
+        for (i, entry) in self.entries.iter().enumerate() {
+            let next = self.entries.get(i + 1).map(|next| &next.version);
+            let is_newest = next.is_none_or(|next| {
+                (next.block, next.branch) != (entry.version.block, entry.version.branch)
+            });
+            if is_newest {
+                newest.entry(entry.version.branch).or_default().push(*entry);
+            } else {
+                others.push(*entry);
+            }
+        }
+        (newest, others)
+    }
+
     /// Sorts what is left into pages: each branch's newest versions into its head, the rest into
     /// history; pages in which nothing changed stay.
     fn emit(&mut self, range: u32, slots: &[Slot]) -> Vec<Kept> {
@@ -278,19 +296,7 @@ impl Work {
             let is = |slot: &Slot| slot.kind.is_head() && slot.branch == branch;
             slots.iter().position(is)
         };
-        let mut tips: BTreeMap<u32, Vec<Entry>> = BTreeMap::new();
-        let mut others = Vec::new();
-        for (i, entry) in self.entries.iter().enumerate() {
-            let next = self.entries.get(i + 1).map(|next| &next.version);
-            let is_tip = next.is_none_or(|next| {
-                (next.block, next.branch) != (entry.version.block, entry.version.branch)
-            });
-            if is_tip {
-                tips.entry(entry.version.branch).or_default().push(*entry);
-            } else {
-                others.push(*entry);
-            }
-        }
+        let (mut tips, mut others) = self.newest_and_others();
         tips.retain(|&branch, tips| {
             let big = self.full && tips.len() >= HEAD_BLOCKS_MIN;
             let has_head = branch == ROOT_BRANCH.0 || big || head(branch).is_some();
