@@ -13,8 +13,9 @@ use ballast_env::network::{Address, Listener};
 use ballast_env::spawn::OwnedTask;
 use ballast_raft_store::pool::{
     CreateReplicaError, FormatOptions, FormatPoolError, OpenPoolError, Pool, PoolExpectation,
-    PoolFailure, RecoveryReport, ReplicaDescriptor,
+    RecoveryReport, ReplicaDescriptor,
 };
+use ballast_raft_store::stream::PoolFailed;
 use ballast_volume::family::Family;
 use ballast_volume::group::{Group, StartGroupError};
 use ballast_volume::snapshot::Checkpoint;
@@ -263,7 +264,7 @@ impl<E: Env> Node<E> {
     }
 
     /// Turns `Some` when the pool fails: the node must then end.
-    pub fn failure(&self) -> watch::Receiver<Option<PoolFailure>> {
+    pub fn failure(&self) -> watch::Receiver<Option<PoolFailed>> {
         self.inner.pool.failure()
     }
 

@@ -42,11 +42,8 @@ fn free_address() -> Address {
 
 fn configs(scratch: &Scratch) -> Vec<NodeConfig> {
     let cluster = ClusterId::from_random([7; 16]);
-    let founder = |id| Founder {
-        node: NodeId(id),
-        name: format!("n{id}"),
-        peer_address: free_address(),
-    };
+    let founder =
+        |id| Founder { node: NodeId(id), name: format!("n{id}"), peer_address: free_address() };
     let founders: Vec<Founder> = (1..=3).map(founder).collect();
     let config = |id| {
         let pool = scratch.0.join(format!("pool-{id}"));
@@ -107,6 +104,9 @@ async fn until(env: &LinuxEnv, what: &str, mut condition: impl AsyncFnMut() -> b
 
 #[test]
 fn a_volume_survives_the_restart_of_every_node() {
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .try_init();
     let scratch = Scratch::new("three-nodes");
     let configs = configs(&scratch);
     LinuxShard::run(|env| async move {

@@ -138,12 +138,15 @@ pub struct Links<E: Env> {
     identity: Identity,
     buffers: BufferPool,
     peers: RefCell<BTreeMap<NodeId, Dialled>>,
+    /// Connections that peers dialled, to be closed with the rest.
+    accepted: RefCell<Vec<Connection>>,
 }
 
 impl<E: Env> Links<E> {
     /// No peer yet.
     pub fn new(env: E, identity: Identity, buffers: BufferPool) -> Rc<Self> {
-        Rc::new(Self { env, identity, buffers, peers: RefCell::default() })
+        let (peers, accepted) = (RefCell::default(), RefCell::default());
+        Rc::new(Self { env, identity, buffers, peers, accepted })
     }
 
     /// This process.
@@ -204,6 +207,15 @@ impl<E: Env> Links<E> {
         for connection in peers.values().flat_map(|peer| peer.connections.values()) {
             connection.close();
         }
+        for connection in self.accepted.take() {
+            connection.close();
+        }
+    }
+
+    fn keep_accepted(&self, connection: &Connection) {
+        let mut accepted = self.accepted.borrow_mut();
+        accepted.retain(|connection| !connection.is_closed());
+        accepted.push(connection.clone());
     }
 
     /// Accepts peers until the listener fails.
@@ -390,11 +402,14 @@ async fn accept_one<E: Env>(
     let (reader, writer) = tokio::io::split(stream);
     let mut reader = FrameReader::new(reader, links.buffers.clone());
     let connection = Connection::new(env.now());
+    links.keep_accepted(&connection);
     let hello = tokio::select! {
         biased;
-        hello = reader.next() => hello,
-        () = env.sleep(HANDSHAKE_MAX) => return,
+        hello = reader.next() => Some(hello),
+        () = env.sleep(HANDSHAKE_MAX) => None,
+        () = connection.closed() => None,
     };
+    let Some(hello) = hello else { return connection.close() };
     let peer = match hello {
         Ok(frame) if frame.kind == Kind::Hello => Identity::decode(frame.body),
         Ok(_) => Err(PeerError::Refused("first frame is not a handshake".into())),
@@ -404,7 +419,7 @@ async fn accept_one<E: Env>(
         Ok((peer, _)) => peer,
         Err(error) => {
             tracing::warn!(from, %error, "connection is no peer");
-            return;
+            return connection.close();
         }
     };
     let verdict = links.check(&peer, None).and_then(|()| handler.admit(&peer));
