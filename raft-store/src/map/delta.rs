@@ -6,11 +6,10 @@
 use super::version::{TOMBSTONE, Version, get, get32, put};
 
 /// Records from which on a per-block index is kept: a scan of fewer is as fast.
-const INDEX_FROM: u32 = 32;
+const INDEX_FROM: u32 = 48;
 
 /// Memory of a delta beside its records, in bytes: the struct and two allocations.
-pub(super) const DELTA_OVERHEAD: usize = 96;
-const INDEX_BYTES: usize = 256 * 4;
+pub(super) const DELTA_OVERHEAD: usize = size_of::<Delta>() + 16;
 
 const HEADER: usize = 13;
 
@@ -75,11 +74,11 @@ pub(super) struct Delta {
     bytes: Vec<u8>,
     records: u32,
     /// Bytes that an earlier checkpoint has.
-    pub frozen: usize,
+    pub frozen: u32,
     /// Records that no checkpoint has yet.
     pub unfrozen: u32,
     /// Per block: 1 + offset of the record with its highest sequence; moves count as newest.
-    index: Option<Box<[u32; 256]>>,
+    index: Option<Index>,
     /// Highest sequence.
     pub newest: u64,
 }
@@ -87,7 +86,7 @@ pub(super) struct Delta {
 impl Delta {
     /// Memory, in bytes.
     pub fn memory(&self) -> usize {
-        DELTA_OVERHEAD + self.bytes.capacity() + self.index.as_ref().map_or(0, |_| INDEX_BYTES)
+        DELTA_OVERHEAD + self.bytes.capacity() + self.index.as_ref().map_or(0, Index::memory)
     }
 
     pub fn bytes(&self) -> &[u8] {
@@ -176,7 +175,7 @@ impl Delta {
             self.point(&mut index, offset, blocks, sequence, moved);
             self.index = Some(index);
         } else if self.records >= INDEX_FROM {
-            let mut index = Box::new([0; 256]);
+            let mut index = Index::Small(Box::new([0; 256]));
             for change in self.changes() {
                 let moved = change.kind == ChangeKind::Move;
                 let blocks = (change.start, change.last);
@@ -188,21 +187,22 @@ impl Delta {
 
     fn point(
         &self,
-        index: &mut [u32; 256],
+        index: &mut Index,
         offset: usize,
         blocks: (u8, u8),
         sequence: u64,
         moved: bool,
     ) {
         let offset = u32::try_from(offset + 1).expect("bounded by the delta's limit");
-        for at in &mut index[usize::from(blocks.0)..=usize::from(blocks.1)] {
+        for block in usize::from(blocks.0)..=usize::from(blocks.1) {
             let newer = |old: u32| {
                 let old = self.change(old as usize - 1).0;
                 // A move stays in sight: whoever meets it scans, and finds the newest all the same.
                 old.kind != ChangeKind::Move && old.sequence <= sequence
             };
-            if *at == 0 || moved || newer(*at) {
-                *at = offset;
+            let at = index.get(block);
+            if at == 0 || moved || newer(at) {
+                index.set(block, offset);
             }
         }
     }
@@ -243,7 +243,7 @@ impl Delta {
     /// `Err` when only a scan can tell.
     #[inline]
     pub fn newest_of(&self, block: u8) -> Result<Option<Change<'_>>, ()> {
-        match self.index.as_ref().ok_or(())?[usize::from(block)] {
+        match self.index.as_ref().ok_or(())?.get(usize::from(block)) {
             0 => Ok(None),
             offset => match self.change(offset as usize - 1).0 {
                 change if change.kind == ChangeKind::Move => Err(()),
@@ -274,7 +274,7 @@ impl Delta {
 
     /// The next checkpoint has everything that is here now.
     pub fn freeze(&mut self) {
-        self.frozen = self.bytes.len();
+        self.frozen = u32::try_from(self.bytes.len()).expect("bounded by the delta's limit");
         self.unfrozen = 0;
     }
 
@@ -287,6 +287,42 @@ impl Delta {
         }
         self.frozen = 0;
         self.unfrozen = self.records;
+    }
+}
+
+/// A number per block: 16 bits as long as they suffice, because most deltas stay small.
+#[derive(Clone, Debug)]
+enum Index {
+    Small(Box<[u16; 256]>),
+    Large(Box<[u32; 256]>),
+}
+
+impl Index {
+    fn memory(&self) -> usize {
+        match self {
+            Index::Small(_) => 512,
+            Index::Large(_) => 1024,
+        }
+    }
+
+    #[inline]
+    fn get(&self, block: usize) -> u32 {
+        match self {
+            Index::Small(at) => u32::from(at[block]),
+            Index::Large(at) => at[block],
+        }
+    }
+
+    fn set(&mut self, block: usize, offset: u32) {
+        match (&mut *self, u16::try_from(offset)) {
+            (Index::Small(at), Ok(offset)) => at[block] = offset,
+            (Index::Large(at), _) => at[block] = offset,
+            (Index::Small(small), Err(_)) => {
+                let mut large: Box<[u32; 256]> = Box::new(small.map(u32::from));
+                large[block] = offset;
+                *self = Index::Large(large);
+            }
+        }
     }
 }
 
@@ -323,5 +359,70 @@ fn record_length(records: &[u8]) -> Result<usize, &'static str> {
         2 | 4 => Ok(HEADER),
         3 if blocks == 1 => Ok(HEADER + 10),
         _ => Err("unknown change"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn crowd(delta: &mut Delta) {
+        (0..INDEX_FROM).for_each(|i| delta.push_write(200, 0, 1, u64::from(i), 1000, &[i]));
+    }
+
+    #[test]
+    fn index_finds_the_highest_sequence() {
+        let mut delta = Delta::default();
+        assert!(delta.newest_of(7).is_err(), "no index yet");
+        crowd(&mut delta);
+        assert!(delta.newest_of(7).unwrap().is_none());
+        delta.push_write(6, 0, 1, 90, 2000, &[1, 2, 3]);
+        delta.push_write(7, 0, 1, 80, 3000, &[4]);
+        let newest = delta.newest_of(7).unwrap().unwrap();
+        assert_eq!((newest.sequence, newest.version(7).place), (90, 2001), "not the last to come");
+        delta.push_hole(ChangeKind::Trim, (0, 255), 0, 1, 91);
+        assert!(delta.newest_of(7).unwrap().unwrap().version(7).is_tombstone());
+    }
+
+    #[test]
+    fn a_move_makes_look_ups_scan() {
+        let mut delta = Delta::default();
+        crowd(&mut delta);
+        delta.push_write(7, 0, 1, 90, 2000, &[1]);
+        delta.push_move(7, 0, 1, 50, (1, 2));
+        delta.push_write(7, 0, 1, 70, 3000, &[1]);
+        assert!(delta.newest_of(7).is_err(), "neither the move nor what came last is the newest");
+    }
+
+    #[test]
+    fn index_survives_64_kib() {
+        let mut delta = Delta::default();
+        let crcs = [5; 256];
+        (1..100).for_each(|i| delta.push_write(0, 0, 1, i, 1 << 20, &crcs));
+        delta.push_write(9, 0, 1, 500, 7777, &[6]);
+        assert!(delta.bytes().len() > 1 << 16);
+        let version = |block| delta.newest_of(block).unwrap().unwrap().version(block);
+        assert_eq!((version(9).place, version(9).sequence), (7777, 500));
+        assert_eq!((version(255).place, version(255).sequence), ((1 << 20) + 255, 99));
+    }
+
+    #[test]
+    fn records_that_are_cut_or_unknown_are_refused() {
+        let mut delta = Delta::default();
+        delta.push_write(3, 0, 1, 9, 77, &[1, 2]);
+        delta.push_move(3, 0, 1, 9, (77, 78));
+        delta.push_hole(ChangeKind::Mark, (0, 255), 0, 1, 10);
+        let bytes = delta.bytes().to_vec();
+        let restored = |bytes: &[u8]| Delta::default().restore(bytes, 1);
+        assert_eq!(restored(&bytes), Ok(3));
+        let borders: Vec<usize> = delta.changes().map(|change| change.end()).collect();
+        for cut in (1..bytes.len()).filter(|cut| !borders.contains(cut)) {
+            assert!(restored(&bytes[..cut]).is_err(), "cut at {cut}");
+        }
+        for (at, byte) in [(0, 0), (0, 5), (1, 255)] {
+            let mut wrong = bytes.clone();
+            wrong[at] = byte;
+            assert!(restored(&wrong).is_err(), "byte {at} = {byte}");
+        }
     }
 }

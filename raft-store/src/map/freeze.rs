@@ -159,7 +159,7 @@ impl ChangesPages {
 
     /// The records of `range` that no checkpoint has: an entry, or several when they are many.
     fn push(&mut self, range: u32, delta: &Delta) {
-        let mut from = delta.frozen;
+        let mut from = delta.frozen as usize;
         let bytes = delta.bytes();
         while from < bytes.len() {
             let fits = from + CHANGES_PAGE_BYTES / 2;

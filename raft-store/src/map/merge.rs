@@ -89,8 +89,9 @@ impl State {
         work.prune(self, &touched, &trims, work.full || !has_chunks);
         let newest = trims.iter().map(|trim| trim.1).max().unwrap_or(0);
         let newest = newest.max(delta.map_or(0, |delta| delta.newest)).max(entry.newest);
+        let freed = std::mem::take(&mut work.freed);
         let slots = work.emit(range, entry.slots());
-        Ok(self.replace(range, slots, newest, work.freed))
+        Ok(self.replace(range, slots, newest, freed))
     }
 
     /// Puts the new pages of a range in place of the old ones.
@@ -271,32 +272,14 @@ impl Work {
         }
     }
 
-    /// Each branch's newest version of every block, and all other entries.
-    fn newest_and_others(&self) -> (BTreeMap<u32, Vec<Entry>>, Vec<Entry>) {
-        let mut newest: BTreeMap<u32, Vec<Entry>> = BTreeMap::new();
-        let mut others = Vec::new();
-        for (i, entry) in self.entries.iter().enumerate() {
-            let next = self.entries.get(i + 1).map(|next| &next.version);
-            let is_newest = next.is_none_or(|next| {
-                (next.block, next.branch) != (entry.version.block, entry.version.branch)
-            });
-            if is_newest {
-                newest.entry(entry.version.branch).or_default().push(*entry);
-            } else {
-                others.push(*entry);
-            }
-        }
-        (newest, others)
-    }
-
     /// Sorts what is left into pages: each branch's newest versions into its head, the rest into
     /// history; pages in which nothing changed stay.
-    fn emit(&mut self, range: u32, slots: &[Slot]) -> Vec<Kept> {
+    fn emit(mut self, range: u32, slots: &[Slot]) -> Vec<Kept> {
         let head = |branch: u32| {
             let is = |slot: &Slot| slot.kind.is_head() && slot.branch == branch;
             slots.iter().position(is)
         };
-        let (mut tips, mut others) = self.newest_and_others();
+        let (mut tips, mut others) = self.tips();
         tips.retain(|&branch, tips| {
             let big = self.full && tips.len() >= HEAD_BLOCKS_MIN;
             let has_head = branch == ROOT_BRANCH.0 || big || head(branch).is_some();
@@ -305,52 +288,57 @@ impl Work {
             }
             has_head
         });
-        let mut mark = |source: usize| {
-            if let Some(changed) = self.changed.get_mut(source) {
-                *changed = true;
-            }
+        // What changes its page leaves a gap in the old one: that is written anew as well.
+        let is_chunk = |entry: &Entry| {
+            slots.get(entry.source).is_some_and(|slot| slot.kind == PageKind::Chunk)
         };
-        let mut fresh_head: BTreeMap<u32, bool> = BTreeMap::new();
-        for (&branch, tips) in &tips {
-            let own = head(branch).unwrap_or(FRESH - 1);
-            let foreign = tips.iter().filter(|tip| tip.source != own);
-            let mut fresh = false;
-            foreign.for_each(|tip| {
-                mark(tip.source);
-                fresh = true;
-            });
-            fresh_head.insert(branch, fresh);
-        }
-        for entry in &others {
-            if slots.get(entry.source).is_some_and(|slot| slot.kind.is_head()) {
-                mark(entry.source);
-            }
+        for entry in others.iter().filter(|entry| entry.source != FRESH && !is_chunk(entry)) {
+            self.changed[entry.source] = true;
         }
         let mut kept = Vec::new();
         for (&branch, tips) in &tips {
-            match head(branch) {
-                Some(own) if !self.changed[own] && !fresh_head[&branch] => {
-                    kept.push(Kept::Old(own))
-                }
-                _ => {
-                    let tips: Vec<Version> = tips.iter().map(|tip| tip.version).collect();
-                    kept.push(Kept::Fresh(Page::head(range, branch, &tips)));
+            let own = head(branch);
+            let mut fresh = own.is_none_or(|own| self.changed[own]);
+            for tip in tips.iter().filter(|tip| Some(tip.source) != own) {
+                fresh = true;
+                if tip.source != FRESH {
+                    self.changed[tip.source] = true;
                 }
             }
+            kept.push(match own {
+                Some(own) if !fresh => Kept::Old(own),
+                _ => {
+                    let tips: Vec<Version> = tips.iter().map(|tip| tip.version).collect();
+                    Kept::Fresh(Page::head(range, branch, &tips))
+                }
+            });
         }
         let chunks = slots.iter().enumerate().filter(|(_, slot)| slot.kind == PageKind::Chunk);
         kept.extend(chunks.filter(|(i, _)| !self.changed[*i]).map(|(i, _)| Kept::Old(i)));
-        let stays = |entry: &Entry| {
-            let chunk = slots.get(entry.source).is_some_and(|slot| slot.kind == PageKind::Chunk);
-            chunk && !self.changed[entry.source]
-        };
-        let mut loose: Vec<Version> =
-            others.iter().filter(|entry| !stays(entry)).map(|entry| entry.version).collect();
+        let loose = others.iter().filter(|entry| !is_chunk(entry) || self.changed[entry.source]);
+        let mut loose: Vec<Version> = loose.map(|entry| entry.version).collect();
         loose.sort_unstable_by_key(Version::key);
-        kept.extend(
-            loose.chunks(CHUNK_RECORDS_MAX).map(|these| Kept::Fresh(Page::chunk(range, these))),
-        );
+        let chunks = loose.chunks(CHUNK_RECORDS_MAX);
+        kept.extend(chunks.map(|these| Kept::Fresh(Page::chunk(range, these))));
         kept
+    }
+
+    /// The newest version of each block in each branch, and all others.
+    fn tips(&self) -> (BTreeMap<u32, Vec<Entry>>, Vec<Entry>) {
+        let mut tips: BTreeMap<u32, Vec<Entry>> = BTreeMap::new();
+        let mut others = Vec::new();
+        for (i, entry) in self.entries.iter().enumerate() {
+            let next = self.entries.get(i + 1).map(|next| &next.version);
+            let is_tip = next.is_none_or(|next| {
+                (next.block, next.branch) != (entry.version.block, entry.version.branch)
+            });
+            if is_tip {
+                tips.entry(entry.version.branch).or_default().push(*entry);
+            } else {
+                others.push(*entry);
+            }
+        }
+        (tips, others)
     }
 }
 

@@ -218,7 +218,7 @@ impl State {
         let delta = self.directory.leaf_mut(range).deltas[split(range).1].take()?;
         self.delta_bytes -= delta.memory();
         self.deltas -= 1;
-        for change in delta.changes().take_while(|change| change.offset < delta.frozen) {
+        for change in delta.changes().take_while(|change| change.offset < delta.frozen as usize) {
             self.live[usize::from(change.tag)] -= 1;
         }
         Some(delta)

@@ -226,6 +226,7 @@ impl Family {
 
     /// With nothing going on, the disk has the pages of the root and no others.
     async fn settle_pages(&mut self) {
+        self.map.merge(0).await.unwrap();
         for _ in 0..4 {
             self.checkpoint().await;
         }
@@ -234,6 +235,7 @@ impl Family {
         }
         assert_eq!(count_pages(&self.map), self.disk.pages.borrow().len(), "pages leaked");
         assert_eq!(self.map.dirty_bytes(), 0);
+        assert!(self.map.state.borrow().runs.is_empty(), "merged changes are kept on disk");
         assert!(self.map.cache.bytes() <= self.cache_bytes, "cache over its limit");
     }
 
