@@ -174,6 +174,13 @@ pub const VOLUME_REPLICAS_MAX: usize = 5;
 /// Nodes of a cluster group that bootstraps statically.
 pub const CLUSTER_NODES_MAX: usize = 5;
 
+/// NBD clients connected to one node: what its file descriptors and memory allow with room.
+pub const NBD_CONNECTIONS_MAX: usize = 1024;
+
+/// Time that an NBD client may take until it has attached, in seconds: a client that opens a
+/// connection and says nothing holds one for no longer.
+pub const NBD_HANDSHAKE_SECONDS_MAX: u64 = 60;
+
 /// Length of a volume's name, in bytes: a DNS label, as Kubernetes names are.
 pub const NAME_BYTES_MAX: usize = 63;
 

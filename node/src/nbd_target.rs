@@ -4,6 +4,7 @@
 //! in flight is bounded by the session; a write's payload goes from the socket straight into an
 //! aligned, pooled buffer.
 
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -11,6 +12,7 @@ use std::rc::{Rc, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use ballast_block::limits::{NBD_CONNECTIONS_MAX, NBD_HANDSHAKE_SECONDS_MAX};
 use ballast_block::{IoError, IoReply};
 use ballast_cluster::VolumePhase;
 use ballast_env::Env;
@@ -38,6 +40,9 @@ where
         let accepted = listener.accept().await;
         let Some(inner) = node.upgrade() else { return };
         match accepted {
+            Ok((_, from)) if inner.nbd_connections.get() >= NBD_CONNECTIONS_MAX => {
+                tracing::warn!(from, limit = NBD_CONNECTIONS_MAX, "too many NBD clients");
+            }
             Ok((stream, from)) => {
                 let connection = Connection::new(inner.clone(), stream, from);
                 inner.env.spawn(connection.run());
@@ -59,20 +64,38 @@ struct Connection<E: Env> {
     session: Session,
     client: Option<Rc<VolumeClient<E>>>,
     running: FuturesUnordered<LocalBoxFuture<'static, Completion>>,
+    attached: Rc<Cell<bool>>,
+}
+
+impl<E: Env> Drop for Connection<E> {
+    fn drop(&mut self) {
+        self.inner.nbd_connections.set(self.inner.nbd_connections.get() - 1);
+    }
 }
 
 impl<E: Env> Connection<E> {
     fn new(inner: Rc<Inner<E>>, stream: E::Stream, from: String) -> Self {
         let session = Session::new();
-        Self { inner, stream, from, session, client: None, running: FuturesUnordered::new() }
+        inner.nbd_connections.set(inner.nbd_connections.get() + 1);
+        let running = FuturesUnordered::new();
+        Self { inner, stream, from, session, client: None, running, attached: Rc::default() }
     }
 
     async fn run(mut self) {
         let mut stopping = self.inner.stopping.subscribe();
+        let limit = self.inner.env.sleep(Duration::from_secs(NBD_HANDSHAKE_SECONDS_MAX));
+        let attached = self.attached.clone();
+        let handshake = async move {
+            limit.await;
+            if attached.get() {
+                std::future::pending::<()>().await;
+            }
+        };
         let served = tokio::select! {
             biased;
             served = self.serve() => served,
             _ = stopping.wait_for(|&stop| stop) => Ok(()),
+            () = handshake => Err(io::ErrorKind::TimedOut.into()),
         };
         if let Err(error) = served {
             tracing::info!(from = self.from, %error, "NBD client gone");
@@ -211,6 +234,7 @@ impl<E: Env> Connection<E> {
         };
         if !describe {
             tracing::info!(from = self.from, volume = info.name, read_only, "NBD client attached");
+            self.attached.set(true);
             self.client = Some(Rc::new(client));
         }
         Ok(info)

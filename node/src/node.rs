@@ -89,6 +89,8 @@ pub(crate) struct Inner<E: Env> {
     /// The newest start of each peer's pool that this process has seen (hazard F5).
     pub(crate) boots: RefCell<BTreeMap<NodeId, (PoolId, u64, u64)>>,
     pub(crate) room: RoomTable,
+    /// NBD clients connected now.
+    pub(crate) nbd_connections: Cell<usize>,
     pub(crate) nbd_addresses: RefCell<Vec<Address>>,
     pub(crate) peer_address: RefCell<Option<Address>>,
     pub(crate) stopping: watch::Sender<bool>,
@@ -198,6 +200,7 @@ impl<E: Env> Node<E> {
             attachments: RefCell::default(),
             boots: RefCell::default(),
             room: RoomTable::default(),
+            nbd_connections: Cell::new(0),
             nbd_addresses: RefCell::default(),
             peer_address: RefCell::default(),
             stopping: watch::Sender::new(false),

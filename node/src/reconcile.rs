@@ -128,6 +128,7 @@ async fn round<E: Env>(inner: &Rc<Inner<E>>) {
             (ReplicaState::Creating, Some(volume)) => create(inner, &replica, &volume).await,
             (ReplicaState::Ready, Some(volume)) => keep(inner, &replica, &volume).await,
             (ReplicaState::Removing, _) => remove(inner, &replica).await,
+            (ReplicaState::Lost, _) => stop_lost(inner, &replica).await,
             _ => {}
         }
     }
@@ -206,6 +207,15 @@ async fn grow<E: Env>(inner: &Rc<Inner<E>>, volume: &Volume) {
     let resize = FamilyCommand::Resize(ResizeV1 { size: volume.size_bytes });
     if let Err(error) = family.control(resize).await {
         tracing::debug!(volume = volume.name, %error, "can't grow yet");
+    }
+}
+
+/// A lost replica must not vote or acknowledge any more; its data stays, for people to look at.
+async fn stop_lost<E: Env>(inner: &Rc<Inner<E>>, replica: &Replica) {
+    let member = inner.families.borrow_mut().remove(&replica.family);
+    if let Some(member) = member {
+        tracing::error!(replica = %replica.id, "the cluster calls this replica lost: stopped");
+        member.stop().await;
     }
 }
 
