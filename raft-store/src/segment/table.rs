@@ -370,6 +370,17 @@ impl SegmentTable {
         self.inner.borrow_mut().free(number);
     }
 
+    /// Whether recovery may take a segment for this use: nothing lives there under another one.
+    pub(crate) fn may_claim(&self, number: SegmentNumber, generation: u64) -> bool {
+        let inner = self.inner.borrow();
+        let segment = &inner.segments[number.0 as usize];
+        match segment.state {
+            SegmentState::Free => true,
+            SegmentState::Full(_) => segment.generation == generation || segment.live_blocks == 0,
+            SegmentState::Checkpoint | SegmentState::Reserved(_) | SegmentState::Open(_) => false,
+        }
+    }
+
     /// Takes this very segment, which recovery found in use.
     pub(crate) fn claim(
         &self,

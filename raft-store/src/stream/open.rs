@@ -19,12 +19,12 @@ use super::record::{PayloadState, Replayed, StoredPayload, StreamId, StreamPosit
 use super::scan::{Scan, ScanError, ScannedBatch, Scanner};
 use super::set::StreamSet;
 use super::verdict::Finding;
-use crate::format::PoolGeometry;
 use crate::format::create::encoded;
 use crate::format::geometry::SUPERBLOCK_OFFSETS;
 use crate::format::superblock::{
     DecodeSuperblockError, Features, INCOMPAT_KNOWN, RO_COMPAT_KNOWN, Superblock,
 };
+use crate::format::{PoolGeometry, SegmentNumber};
 use crate::pool::PoolExpectation;
 use crate::segment::{DecodeTableError, SegmentState, SegmentTable};
 
@@ -128,6 +128,14 @@ pub enum OpenStoreError {
     /// The checkpoint's table of segments is not one of this pool.
     #[error(transparent)]
     Table(#[from] DecodeTableError),
+    /// The hot stream goes on in a segment that the checkpoint needs.
+    #[error(
+        "{segment} is claimed by the hot stream and by the checkpoint: report this, touch nothing"
+    )]
+    SegmentInUse {
+        /// Which.
+        segment: SegmentNumber,
+    },
     /// The hot stream can't be judged.
     #[error("hot stream: {0}")]
     Stream(#[from] ScanError),
@@ -155,9 +163,9 @@ pub async fn open<E: Env>(
     let body = load_body(&table, &superblock, body)?;
     let scanner = Scanner::new(&file, superblock.pool, superblock.geometry);
     let mut scan = scanner.run(superblock.starts[0]).await?;
+    claim_walked(&table, &scan, superblock.starts[0].segment_sequence)?;
     raise_boot_counter(&file, &mut superblock, &copies).await?;
     make_tail_durable(&file, &scan, superblock.geometry).await?;
-    claim_walked(&table, &scan, superblock.starts[0].segment_sequence);
     findings.append(&mut scan.findings);
     let replay = replay_of(&scan, &table);
     let info = PoolInfo {
@@ -349,14 +357,26 @@ async fn make_tail_durable<F: File>(
     Ok(())
 }
 
-/// Enters the segments of the replayed stream into the table.
-fn claim_walked(table: &SegmentTable, scan: &Scan, replayed_from: u64) {
-    for walked in &scan.segments {
-        let state = SegmentState::Full(StreamId::Hot);
-        table.claim(walked.segment, state, walked.generation, walked.sequence);
+/// Enters the segments of the replayed stream into the table. What lives in them by the
+/// checkpoint's word under another use would be lost: refused.
+fn claim_walked(
+    table: &SegmentTable,
+    scan: &Scan,
+    replayed_from: u64,
+) -> Result<(), OpenStoreError> {
+    let full = SegmentState::Full(StreamId::Hot);
+    let walked = scan.segments.iter();
+    let walked = walked.map(|walked| (walked.segment, full, walked.generation, walked.sequence));
+    let planned = (scan.planned, SegmentState::Reserved(StreamId::Hot), 0, 0);
+    for (segment, state, generation, sequence) in walked.chain([planned]) {
+        let is_walked = generation == 0 && scan.segments.iter().any(|w| w.segment == segment);
+        if is_walked || !table.may_claim(segment, generation) {
+            return Err(OpenStoreError::SegmentInUse { segment });
+        }
+        table.claim(segment, state, generation, sequence);
     }
-    table.claim(scan.planned, SegmentState::Reserved(StreamId::Hot), 0, 0);
     table.set_replayed_from(replayed_from);
+    Ok(())
 }
 
 fn replay_of(scan: &Scan, table: &SegmentTable) -> Vec<Replayed> {

@@ -52,6 +52,7 @@ pub fn crash(
     let mut in_flight = Vec::new();
     for event in &disk.events[..events] {
         match *event {
+            Event::Nothing => {}
             Event::Issued(number) => in_flight.push(number),
             Event::Completed(number) => {
                 in_flight.retain(|other| *other != number);

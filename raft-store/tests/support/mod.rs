@@ -98,6 +98,8 @@ pub struct WriteRecord {
 pub enum Event {
     Issued(usize),
     Completed(usize),
+    /// Not of the disk.
+    Nothing,
 }
 
 #[derive(Default)]
