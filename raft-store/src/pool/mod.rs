@@ -29,6 +29,7 @@ use crate::format::vote_slot::SlotNumber;
 use crate::replica::core::ReplicaInner;
 use crate::replica::record::DescriptorV1;
 use crate::replica::{Health, Replica};
+use crate::segment::SegmentTable;
 use crate::stream::{PoolFailed, RecordKind, SpaceClass, StreamId};
 use shared::Shared;
 
@@ -193,6 +194,11 @@ impl<E: Env> Pool<E> {
     /// [`CheckpointError`].
     pub async fn quiesce_maps(&self) -> Result<(), CheckpointError> {
         self.shared().merge_all(0).await
+    }
+
+    /// The table of segments, for tools and tests: to look at, not to change.
+    pub fn segments(&self) -> &Rc<SegmentTable> {
+        self.shared().streams.segments()
     }
 
     /// Counters and gauges, now.

@@ -1,6 +1,8 @@
 //! Pools and replicas for tests, and a state machine over a replica.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub mod model;
+
 use std::cell::RefCell;
 use std::io;
 use std::path::Path;

@@ -80,6 +80,11 @@ impl Image {
         self.unreadable.insert(block, ());
     }
 
+    /// Whether a block was ever written.
+    pub fn is_written(&self, block: u64) -> bool {
+        self.blocks.contains_key(&block)
+    }
+
     /// Blocks that were ever written.
     pub fn written_blocks(&self) -> impl Iterator<Item = u64> + '_ {
         self.blocks.keys().copied()
