@@ -114,6 +114,13 @@ impl Branches {
         self.table.get_mut(&branch).expect("the caller named a branch").head = false;
     }
 
+    /// Nothing is needed any more.
+    pub fn let_go(&mut self) {
+        self.pins.clear();
+        self.snapshots.clear();
+        self.table.values_mut().for_each(|branch| branch.head = false);
+    }
+
     pub fn pin(&mut self, branch: u32, sequence: u64) {
         *self.pins.entry((branch, sequence)).or_default() += 1;
     }

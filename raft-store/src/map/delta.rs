@@ -209,13 +209,13 @@ impl Delta {
 
     fn change(&self, offset: usize) -> (Change<'_>, usize) {
         let header = &self.bytes[offset..offset + HEADER];
-        let (kind, body) = match header[0] {
-            1 => (ChangeKind::Write, 5 + 4 * (usize::from(header[2]) + 1)),
-            2 => (ChangeKind::Trim, 0),
-            3 => (ChangeKind::Move, 10),
-            _ => (ChangeKind::Mark, 0),
+        let kind = match header[0] {
+            1 => ChangeKind::Write,
+            2 => ChangeKind::Trim,
+            3 => ChangeKind::Move,
+            _ => ChangeKind::Mark,
         };
-        let end = offset + HEADER + body;
+        let end = offset + HEADER + body_length(header[0], header[2]);
         let change = Change {
             kind,
             start: header[1],
@@ -237,6 +237,18 @@ impl Delta {
     /// Every record from the one that starts at `at`.
     pub fn changes_from(&self, at: usize) -> Changes<'_> {
         Changes { delta: self, at }
+    }
+
+    /// Every record that has one of the blocks `first..=last`, oldest first.
+    #[inline]
+    pub fn for_each_in(&self, first: u8, last: u8, mut each: impl FnMut(&Change<'_>)) {
+        let mut at = 0;
+        while let Some(&[kind, start, more]) = self.bytes.get(at..).and_then(<[u8]>::first_chunk) {
+            if start <= last && first <= start + more {
+                each(&self.change(at).0);
+            }
+            at += HEADER + body_length(kind, more);
+        }
     }
 
     /// The record with the highest sequence for `block`: `Ok(None)` when there is no record for it,
@@ -287,6 +299,16 @@ impl Delta {
         }
         self.frozen = 0;
         self.unfrozen = self.records;
+    }
+}
+
+/// Bytes behind the header of a record of `more + 1` blocks.
+#[inline]
+fn body_length(kind: u8, more: u8) -> usize {
+    match kind {
+        1 => 5 + 4 * (usize::from(more) + 1),
+        3 => 10,
+        _ => 0,
     }
 }
 

@@ -4,7 +4,7 @@
 use ballast_block::{BranchId, Sequence};
 
 use super::ExtentMap;
-use super::types::{FreedSink, PageIo};
+use super::types::{FreedSink, MapError, PageIo};
 
 impl<I: PageIo + FreedSink + 'static> ExtentMap<I> {
     /// Keeps everything that `branch` shows at `sequence` (its newest now) until it is deleted;
@@ -43,5 +43,28 @@ impl<I: PageIo + FreedSink + 'static> ExtentMap<I> {
     pub fn forget_tombstones(&self, sequence: Sequence) {
         let state = &mut *self.state.borrow_mut();
         state.floor = state.floor.max(sequence.0);
+    }
+
+    /// Ends the map: every place and every page of it is reported as freed. It must not be used
+    /// afterwards, nor be part of a later checkpoint. For a dropped or replaced replica.
+    ///
+    /// # Errors
+    /// [`MapError`] when a page can't be read: places that only it names are not reported; all
+    /// pages are, in any case.
+    ///
+    /// # Panics
+    /// Between [`Self::freeze`] and the end of [`Self::write_frozen`]: a bug of the caller.
+    pub async fn wipe(&self) -> Result<(), MapError> {
+        {
+            let state = &mut *self.state.borrow_mut();
+            assert!(!state.freezing, "a frozen map is being written");
+            state.pins.clear();
+            state.branches.let_go();
+            state.look_for_dead();
+        }
+        let merged = self.merge(0).await;
+        let pages = self.state.borrow_mut().give_up_pages();
+        pages.into_iter().for_each(|at| self.io.page_freed(at));
+        merged
     }
 }

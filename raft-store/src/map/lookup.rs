@@ -120,7 +120,9 @@ impl State {
                 })
             };
             if !indexed {
-                delta.changes().for_each(|change| self.look_change(view, first, &change, best));
+                let last = first + (best.len() - 1) as u8;
+                delta
+                    .for_each_in(first, last, |change| self.look_change(view, first, change, best));
             }
         }
         for wide in &self.wide {
@@ -187,11 +189,9 @@ impl State {
         limit.is_some_and(|limit| sequence <= limit)
     }
 
+    /// A record that has one of the blocks from `first` on that are asked for.
     fn look_change(&self, view: View, first: u8, change: &Change<'_>, best: &mut [Best]) {
         let last = first + (best.len() - 1) as u8;
-        if change.last < first || change.start > last {
-            return;
-        }
         match change.kind {
             ChangeKind::Move => {
                 let best = &mut best[usize::from(change.start - first)];

@@ -17,6 +17,7 @@ use std::task::Poll;
 use ballast_block::geometry::BLOCK_SIZE_U64;
 use ballast_block::limits::VOLUME_BYTES_MAX;
 use ballast_block::{BlockRange, BranchId, Sequence};
+use bytes::Bytes;
 
 use self::lookup::{Best, Loaded, Missing, View, runs_of};
 use self::page::Page;
@@ -262,8 +263,12 @@ impl<I: PageIo + FreedSink + 'static> ExtentMap<I> {
             let read = self.io.read_page(at).await;
             let opened = match read {
                 Err(source) => Err(MapError::ReadPage { what, at, source }),
-                Ok(bytes) => Page::open(bytes, one.kind, one.range, one.branch, one.crc)
-                    .map_err(|problem| MapError::DamagedPage { what, at, problem }),
+                Ok(bytes) => {
+                    // A copy of just its size: what was read sits in whole blocks of a pool.
+                    let bytes = Bytes::copy_from_slice(&bytes);
+                    Page::open(bytes, one.kind, one.range, one.branch, one.crc)
+                        .map_err(|problem| MapError::DamagedPage { what, at, problem })
+                }
             };
             let mut state = self.state.borrow_mut();
             match opened {

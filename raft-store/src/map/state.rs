@@ -344,6 +344,18 @@ impl State {
         self.untidy.append(&mut ranges);
     }
 
+    /// Every page on disk that is, or was since the last freeze, part of the map: no more.
+    pub fn give_up_pages(&mut self) -> Vec<PageAddress> {
+        let mut pages = std::mem::take(&mut self.superseded);
+        pages.extend(self.runs.drain(..).flat_map(|run| run.pages).map(|(at, _)| at));
+        for leaf in self.directory.leaves.iter_mut().flatten() {
+            pages.extend(leaf.at.drain(..).map(|(at, _)| at));
+            let slots = leaf.ranges.iter().flat_map(|range| range.slots());
+            pages.extend(slots.filter(|slot| !slot.dirty).map(|slot| slot.at));
+        }
+        pages
+    }
+
     /// Every range that has pages.
     fn all_mapped(&self) -> BTreeSet<u32> {
         let leaves = self.directory.leaves.iter().enumerate();

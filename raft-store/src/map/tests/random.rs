@@ -509,6 +509,11 @@ fn histories(seeds: std::ops::Range<u64>, steps: usize, many_branches: bool) {
             family.compare_all().await;
             family.account().await;
             family.settle_pages().await;
+            (0..40).for_each(|_| family.write());
+            family.map.wipe().await.unwrap();
+            family.disk.checkpointed();
+            assert!(family.disk.accounts.borrow().live.is_empty());
+            assert!(family.disk.pages.borrow().is_empty());
         });
     }
 }
