@@ -199,6 +199,15 @@ pub const LABEL_BYTES_MAX: usize = 317;
 /// Pools that one node can ever have registered, lost ones included: the state stays small.
 pub const NODE_POOLS_MAX: usize = 64;
 
+/// A request to the administration interface, in bytes: the largest holds a few names.
+pub const ADMIN_REQUEST_BYTES_MAX: usize = 64 << 10;
+
+/// Head of an HTTP request for metrics or health, in bytes: scrapers send a few hundred.
+pub const HTTP_HEAD_BYTES_MAX: usize = 16 << 10;
+
+/// Connections for metrics and health at a time: a scraper, a kubelet and some people.
+pub const HTTP_CONNECTIONS_MAX: usize = 32;
+
 const _: () = assert!(TRANSFER_BYTES_MAX.is_multiple_of(BLOCK_SIZE));
 // A connection with nothing in flight can always take the largest request.
 const _: () = assert!(NBD_REQUEST_BYTES_MAX <= CONNECTION_INFLIGHT_BYTES_MAX);

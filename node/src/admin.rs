@@ -63,6 +63,11 @@ impl<E: Env> Node<E> {
         self.inner.announced.get() && self.inner.pool.failure().borrow().is_none()
     }
 
+    /// How many nodes the cluster group has.
+    pub fn founders(&self) -> usize {
+        self.inner.config.founders.len()
+    }
+
     /// What every node that answers reports of itself.
     pub async fn reports(&self) -> BTreeMap<NodeId, NodeReportV1> {
         report::all(&self.inner).await

@@ -382,6 +382,9 @@ pub struct ReplicaReportV1 {
     /// The volume's size, in bytes, as applied here.
     #[prost(uint64, tag = "11")]
     pub size: u64,
+    /// Last purged index.
+    #[prost(uint64, tag = "12")]
+    pub purged_index: u64,
 }
 
 /// What a node knows of itself.

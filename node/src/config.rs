@@ -29,6 +29,8 @@ pub struct NodeConfig {
     pub pool: PathBuf,
     /// All nodes of the cluster, this one among them: 1, 3 or 5.
     pub founders: Vec<Founder>,
+    /// Where to listen for peers, if not at this node's address among the founders.
+    pub peer_listen: Option<Address>,
     /// Where to listen for NBD clients.
     pub nbd_listen: Vec<Address>,
     /// Raft's times.
@@ -47,6 +49,7 @@ impl NodeConfig {
             node,
             pool,
             founders,
+            peer_listen: None,
             nbd_listen: Vec::new(),
             raft: RaftSettings::default(),
             leader_follows_writer: true,

@@ -4,6 +4,9 @@
 //! Wires links, pool, cluster group, families and targets together. Everything here runs on the
 //! node's shard: one thread.
 
+pub use ballast_cluster as cluster;
+pub use ballast_volume::group::RaftSettings;
+
 pub mod admin;
 pub mod attach;
 pub mod calls;
@@ -11,6 +14,7 @@ pub mod client;
 pub mod cluster_group;
 pub mod config;
 pub mod families;
+pub mod metrics;
 pub mod nbd_target;
 pub mod node;
 pub mod operate;

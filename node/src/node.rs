@@ -221,7 +221,8 @@ impl<E: Env> Node<E> {
             env.listen(address).await.map_err(failed)
         };
         let handler = server::Server::of(inner);
-        let listener = bind(&own.peer_address).await?;
+        let peer_listen = inner.config.peer_listen.as_ref().unwrap_or(&own.peer_address);
+        let listener = bind(peer_listen).await?;
         *inner.peer_address.borrow_mut() = Some(listener.address());
         self.keep(inner.links.clone().accept(listener, handler.clone()));
         for founder in &inner.config.founders {

@@ -66,6 +66,7 @@ fn replica<E: Env>(group: &Group<E>) -> ReplicaReportV1 {
         role: role.to_owned(),
         term: metrics.current_term,
         last_index: metrics.last_log_index.unwrap_or(0),
+        purged_index: metrics.purged.map_or(0, |id| id.index),
         applied_index: metrics.last_applied.map_or(0, |id| id.index),
         retained_bytes: store.retained_bytes(),
         suspect: store.health() != Health::Good,

@@ -1,0 +1,77 @@
+//! The administration service: gRPC in, questions to the node, gRPC out.
+//!
+//! Owns the translation only: what is allowed and what happens is decided by `node` and the
+//! cluster group.
+
+mod picture;
+mod service;
+mod status;
+mod volumes;
+
+use std::time::Duration;
+
+use ballast_api::v1::admin_server::AdminServer;
+use ballast_block::NodeId;
+use ballast_block::limits::ADMIN_REQUEST_BYTES_MAX;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio_stream::wrappers::TcpListenerStream;
+
+use crate::shard::Shard;
+use service::Service;
+
+/// Requests of one connection that are worked on at a time.
+const REQUESTS_MAX: usize = 32;
+/// Longest that a request may take: above all waits that the node itself bounds.
+const REQUEST_MAX: Duration = Duration::from_secs(45);
+
+/// How the listeners reach the node.
+#[derive(Clone)]
+pub struct Access {
+    /// The shard.
+    pub shard: Shard,
+    /// The node's id.
+    pub node: NodeId,
+    /// Whether the node has started and is not stopping.
+    pub serving: watch::Receiver<bool>,
+}
+
+impl Access {
+    /// Whether the node has started and is not stopping.
+    pub fn is_serving(&self) -> bool {
+        *self.serving.borrow()
+    }
+
+    /// Whether the node serves what it has; or why not.
+    ///
+    /// # Errors
+    /// Why not.
+    pub async fn ready(&self) -> Result<(), String> {
+        if !self.is_serving() {
+            return Err("the node is starting or stopping".into());
+        }
+        let ready = self.shard.ask(async |node| node.is_ready()).await;
+        match ready {
+            Ok(true) => Ok(()),
+            Ok(false) => Err("the cluster has not accepted this node's start yet; check that \
+                              most nodes run and see each other"
+                .into()),
+            Err(ended) => Err(ended.to_string()),
+        }
+    }
+}
+
+/// Serves until the process ends.
+pub async fn serve(listener: TcpListener, access: Access) {
+    let service =
+        AdminServer::new(Service { access }).max_decoding_message_size(ADMIN_REQUEST_BYTES_MAX);
+    let served = tonic::transport::Server::builder()
+        .concurrency_limit_per_connection(REQUESTS_MAX)
+        .timeout(REQUEST_MAX)
+        .add_service(service)
+        .serve_with_incoming(TcpListenerStream::new(listener))
+        .await;
+    if let Err(error) = served {
+        tracing::error!(%error, "administration is not served any more");
+    }
+}

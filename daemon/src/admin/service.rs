@@ -1,0 +1,190 @@
+//! The generated service trait, answered.
+
+use std::future::Future;
+
+use ballast_api::v1 as api;
+use ballast_api::v1::admin_server::Admin;
+use ballast_block::NodeId;
+use tonic::{Request, Response, Status};
+
+use super::Access;
+use super::picture::Picture;
+use super::status::status;
+use super::volumes::{self, node_unknown, volume_unknown};
+use crate::shard::LinuxNode;
+
+/// The administration service of one node.
+pub struct Service {
+    /// How to reach the node.
+    pub access: Access,
+}
+
+impl Service {
+    async fn ask<T, F, Fut>(&self, question: F) -> Result<T, Status>
+    where
+        T: Send + 'static,
+        F: FnOnce(LinuxNode) -> Fut + Send + 'static,
+        Fut: Future<Output = T> + 'static,
+    {
+        if !self.access.is_serving() {
+            return Err(Status::unavailable("the node is starting or stopping: try again"));
+        }
+        let answer = self.access.shard.ask(question).await;
+        answer.map_err(|ended| Status::unavailable(format!("{ended}: try another node")))
+    }
+
+    async fn picture(&self) -> Result<Picture, Status> {
+        self.ask(Picture::take).await
+    }
+}
+
+fn find_node(picture: &Picture, name_or_id: &str) -> Result<NodeId, Status> {
+    let node = picture.state.find_node(name_or_id);
+    node.map(|node| node.id).ok_or_else(|| node_unknown(name_or_id))
+}
+
+fn list_replicas(
+    picture: &Picture,
+    request: &api::ListReplicasRequest,
+) -> Result<api::ListReplicasResponse, Status> {
+    let node = match request.node.as_str() {
+        "" => None,
+        name => Some(find_node(picture, name)?),
+    };
+    let family = match request.volume.as_str() {
+        "" => None,
+        name => {
+            let volume = picture.state.find_volume(name);
+            Some(volume.ok_or_else(|| volume_unknown(name))?.family)
+        }
+    };
+    let wanted = picture.state.replicas().filter(|replica| {
+        node.is_none_or(|node| node == replica.node)
+            && family.is_none_or(|family| family == replica.family)
+    });
+    let replicas = wanted.map(|replica| picture.replica(replica)).collect();
+    Ok(api::ListReplicasResponse { replicas })
+}
+
+fn list_pools(
+    picture: &Picture,
+    request: &api::ListPoolsRequest,
+) -> Result<api::ListPoolsResponse, Status> {
+    let node = match request.node.as_str() {
+        "" => None,
+        name => Some(find_node(picture, name)?),
+    };
+    let wanted = picture.state.pools().filter(|pool| node.is_none_or(|node| node == pool.node));
+    let mut pools: Vec<api::Pool> = wanted.map(|pool| picture.pool(pool)).collect();
+    pools.sort_by(|a, b| (a.node, &a.id).cmp(&(b.node, &b.id)));
+    Ok(api::ListPoolsResponse { pools })
+}
+
+#[tonic::async_trait]
+impl Admin for Service {
+    async fn create_volume(
+        &self,
+        request: Request<api::CreateVolumeRequest>,
+    ) -> Result<Response<api::CreateVolumeResponse>, Status> {
+        let request = request.into_inner();
+        self.ask(|node| volumes::create(node, request)).await?.map(Response::new)
+    }
+
+    async fn get_volume(
+        &self,
+        request: Request<api::GetVolumeRequest>,
+    ) -> Result<Response<api::GetVolumeResponse>, Status> {
+        let name = request.into_inner().volume;
+        let picture = self.picture().await?;
+        let volume = picture.state.find_volume(&name).ok_or_else(|| volume_unknown(&name))?;
+        Ok(Response::new(api::GetVolumeResponse {
+            volume: Some(picture.volume(volume)),
+            replicas: picture.replicas_of(volume),
+        }))
+    }
+
+    async fn list_volumes(
+        &self,
+        request: Request<api::ListVolumesRequest>,
+    ) -> Result<Response<api::ListVolumesResponse>, Status> {
+        volumes::list(&self.picture().await?, request.get_ref()).map(Response::new)
+    }
+
+    async fn delete_volume(
+        &self,
+        request: Request<api::DeleteVolumeRequest>,
+    ) -> Result<Response<api::DeleteVolumeResponse>, Status> {
+        let request = request.into_inner();
+        self.ask(|node| volumes::delete(node, request)).await?.map(Response::new)
+    }
+
+    async fn resize_volume(
+        &self,
+        request: Request<api::ResizeVolumeRequest>,
+    ) -> Result<Response<api::ResizeVolumeResponse>, Status> {
+        let request = request.into_inner();
+        self.ask(|node| volumes::resize(node, request)).await?.map(Response::new)
+    }
+
+    async fn move_leader(
+        &self,
+        request: Request<api::MoveLeaderRequest>,
+    ) -> Result<Response<api::MoveLeaderResponse>, Status> {
+        let request = request.into_inner();
+        self.ask(|node| volumes::move_leader(node, request)).await?.map(Response::new)
+    }
+
+    async fn list_replicas(
+        &self,
+        request: Request<api::ListReplicasRequest>,
+    ) -> Result<Response<api::ListReplicasResponse>, Status> {
+        list_replicas(&self.picture().await?, request.get_ref()).map(Response::new)
+    }
+
+    async fn list_nodes(
+        &self,
+        _request: Request<api::ListNodesRequest>,
+    ) -> Result<Response<api::ListNodesResponse>, Status> {
+        let picture = self.picture().await?;
+        let nodes = picture.state.nodes().map(|node| picture.node(node)).collect();
+        Ok(Response::new(api::ListNodesResponse { nodes }))
+    }
+
+    async fn get_node(
+        &self,
+        request: Request<api::GetNodeRequest>,
+    ) -> Result<Response<api::GetNodeResponse>, Status> {
+        let name = request.into_inner().node;
+        let picture = self.picture().await?;
+        let node = picture.state.find_node(&name).ok_or_else(|| node_unknown(&name))?;
+        let pools = picture.state.pools_on(node.id).map(|pool| picture.pool(pool)).collect();
+        Ok(Response::new(api::GetNodeResponse { node: Some(picture.node(node)), pools }))
+    }
+
+    async fn list_pools(
+        &self,
+        request: Request<api::ListPoolsRequest>,
+    ) -> Result<Response<api::ListPoolsResponse>, Status> {
+        list_pools(&self.picture().await?, request.get_ref()).map(Response::new)
+    }
+
+    async fn get_status(
+        &self,
+        _request: Request<api::GetStatusRequest>,
+    ) -> Result<Response<api::GetStatusResponse>, Status> {
+        Ok(Response::new(status(&self.picture().await?)))
+    }
+
+    async fn health(
+        &self,
+        _request: Request<api::HealthRequest>,
+    ) -> Result<Response<api::HealthResponse>, Status> {
+        let ready = self.access.ready().await;
+        Ok(Response::new(api::HealthResponse {
+            ready: ready.is_ok(),
+            reason: ready.err().unwrap_or_default(),
+            node: self.access.node.0,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        }))
+    }
+}

@@ -1,0 +1,138 @@
+//! Changes of volumes, with the status of what is refused.
+
+use ballast_api::v1 as api;
+use ballast_node::admin::AdminError;
+use ballast_node::cluster::{RefusalCode, Volume, VolumePhase};
+use tonic::{Code, Status};
+
+use super::picture::Picture;
+use crate::shard::LinuxNode;
+
+/// Replicas of a volume when the request names no number.
+const REPLICAS_DEFAULT: u32 = 3;
+/// Volumes in one page of a list, at most: a message stays well under its limit.
+const PAGE_MAX: usize = 1000;
+
+/// Creates a volume.
+///
+/// # Errors
+/// As `admin.proto` says.
+pub async fn create(
+    node: LinuxNode,
+    request: api::CreateVolumeRequest,
+) -> Result<api::CreateVolumeResponse, Status> {
+    let replicas = if request.replicas == 0 { REPLICAS_DEFAULT } else { request.replicas };
+    let volume = match node.create_volume(&request.name, request.size_bytes, replicas).await {
+        Ok(volume) => volume,
+        // It is placed; that it can't be used yet is what its phase says.
+        Err(AdminError::NotReady(name)) => node.find_volume(&name).map_err(status)?,
+        Err(error) => return Err(status(error)),
+    };
+    let picture = Picture::take(node).await;
+    Ok(api::CreateVolumeResponse { volume: Some(picture.volume(&volume)) })
+}
+
+/// Deletes a volume.
+///
+/// # Errors
+/// As `admin.proto` says.
+pub async fn delete(
+    node: LinuxNode,
+    request: api::DeleteVolumeRequest,
+) -> Result<api::DeleteVolumeResponse, Status> {
+    let living = |volume: &Volume| volume.phase != VolumePhase::Deleting;
+    let deleted = node.find_volume(&request.volume).is_ok_and(|volume| living(&volume));
+    node.delete_volume(&request.volume).await.map_err(status)?;
+    Ok(api::DeleteVolumeResponse { deleted })
+}
+
+/// Grows a volume.
+///
+/// # Errors
+/// As `admin.proto` says.
+pub async fn resize(
+    node: LinuxNode,
+    request: api::ResizeVolumeRequest,
+) -> Result<api::ResizeVolumeResponse, Status> {
+    let resized = node.resize_volume(&request.volume, request.size_bytes).await;
+    let volume = resized.map_err(status)?;
+    let picture = Picture::take(node).await;
+    Ok(api::ResizeVolumeResponse { volume: Some(picture.volume(&volume)) })
+}
+
+/// Moves a volume's leader.
+///
+/// # Errors
+/// As `admin.proto` says.
+pub async fn move_leader(
+    node: LinuxNode,
+    request: api::MoveLeaderRequest,
+) -> Result<api::MoveLeaderResponse, Status> {
+    let target = {
+        let state = node.cluster_state();
+        let found = state.find_node(&request.node).map(|node| node.id);
+        found.ok_or_else(|| node_unknown(&request.node))?
+    };
+    node.move_leader(&request.volume, target).await.map_err(status)?;
+    Ok(api::MoveLeaderResponse { leader_node: target.0 })
+}
+
+/// One page of the list of volumes.
+///
+/// # Errors
+/// `INVALID_ARGUMENT` for a token that is none.
+pub fn list(
+    picture: &Picture,
+    request: &api::ListVolumesRequest,
+) -> Result<api::ListVolumesResponse, Status> {
+    let key = |volume: &Volume| (volume.name.clone(), volume.id.to_string());
+    let mut volumes: Vec<&Volume> = picture.state.volumes().collect();
+    volumes.sort_by_key(|volume| key(volume));
+    if !request.page_token.is_empty() {
+        let (name, id) = request.page_token.split_once('/').ok_or_else(|| {
+            let token = &request.page_token;
+            Status::invalid_argument(format!("page token {token:?} is none of this server"))
+        })?;
+        let after = (name.to_owned(), id.to_owned());
+        volumes.retain(|volume| key(volume) > after);
+    }
+    let wanted = match request.page_size as usize {
+        0 => PAGE_MAX,
+        size => size.min(PAGE_MAX),
+    };
+    let more = volumes.len() > wanted;
+    volumes.truncate(wanted);
+    let last = volumes.last().filter(|_| more).map(|volume| key(volume));
+    Ok(api::ListVolumesResponse {
+        volumes: volumes.into_iter().map(|volume| picture.volume(volume)).collect(),
+        next_page_token: last.map(|(name, id)| format!("{name}/{id}")).unwrap_or_default(),
+    })
+}
+
+/// No node of that name or number.
+pub fn node_unknown(node: &str) -> Status {
+    Status::not_found(format!("there is no node {node:?}: see `ballastctl node list`"))
+}
+
+/// No volume of that name or id.
+pub fn volume_unknown(volume: &str) -> Status {
+    Status::not_found(format!("there is no volume {volume:?}: see `ballastctl volume list`"))
+}
+
+/// The status of a refusal.
+pub fn status(error: AdminError) -> Status {
+    let code = match &error {
+        AdminError::Refused(refusal) => match refusal.code() {
+            RefusalCode::InvalidArgument => Code::InvalidArgument,
+            RefusalCode::NotFound => Code::NotFound,
+            RefusalCode::AlreadyExists => Code::AlreadyExists,
+            RefusalCode::FailedPrecondition => Code::FailedPrecondition,
+            RefusalCode::ResourceExhausted => Code::ResourceExhausted,
+        },
+        AdminError::VolumeUnknown(volume) => return volume_unknown(volume),
+        AdminError::NodeUnknown(node) => return node_unknown(&node.to_string()),
+        AdminError::NoQuorum(_) | AdminError::NotReady(_) => Code::Unavailable,
+        AdminError::CantMove { .. } => Code::FailedPrecondition,
+    };
+    Status::new(code, error.to_string())
+}

@@ -1,0 +1,104 @@
+//! The metrics page: what the node counts, and what the process uses.
+//!
+//! Counters and gauges are set when the page is asked for, from what the node keeps; so series of
+//! volumes that are gone vanish by a timeout. Histograms are fed as things happen.
+
+use std::time::Duration;
+
+use metrics::{counter, describe_counter, describe_gauge, gauge};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use metrics_util::MetricKindMask;
+
+use crate::admin::Access;
+use crate::process::Usage;
+use crate::settings::Settings;
+
+/// Upper bounds of latency histograms, in seconds: doubling from what one disk write costs to what
+/// a failover takes, then to what hosts give up at.
+const BUCKETS: [f64; 20] = [
+    25e-6, 50e-6, 100e-6, 200e-6, 400e-6, 800e-6, 1.6e-3, 3.2e-3, 6.4e-3, 12.8e-3, 25.6e-3,
+    51.2e-3, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0, 60.0,
+];
+/// Series that were not set for this long are gone: their volume or peer is.
+const STALE: Duration = Duration::from_secs(5);
+/// How often what histograms were fed is folded into their buckets: bounds the memory between two
+/// scrapes.
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(1);
+/// Longest that a scrape waits for the shard.
+const COLLECT_MAX: Duration = Duration::from_secs(3);
+
+/// All metrics of the process. Clones share them.
+#[derive(Clone)]
+pub struct Metrics {
+    handle: PrometheusHandle,
+    cluster: String,
+    node: String,
+}
+
+impl Metrics {
+    /// Starts to keep metrics; once per process, before anything counts.
+    pub fn install(settings: &Settings) -> Self {
+        let builder = PrometheusBuilder::new()
+            .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &BUCKETS)
+            .expect("there are buckets")
+            .idle_timeout(MetricKindMask::COUNTER | MetricKindMask::GAUGE, Some(STALE));
+        let recorder = builder.build_recorder();
+        let handle = recorder.handle();
+        metrics::set_global_recorder(recorder).expect("installed once");
+        ballast_node::metrics::describe();
+        describe();
+        let node = settings.node.node.0.to_string();
+        Self { handle, cluster: settings.node.cluster.to_string(), node }
+    }
+
+    /// Keeps the memory of histograms bounded from now on.
+    pub fn keep_up(&self) {
+        let handle = self.handle.clone();
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(UPKEEP_INTERVAL).await;
+                handle.run_upkeep();
+            }
+        });
+    }
+
+    /// The page.
+    pub async fn render(&self, access: &Access) -> String {
+        let mut up = false;
+        if access.is_serving() {
+            let collect = access.shard.ask(async |node| node.collect_metrics());
+            up = matches!(tokio::time::timeout(COLLECT_MAX, collect).await, Ok(Ok(())));
+        }
+        gauge!("ballast_shard_up").set(if up { 1.0 } else { 0.0 });
+        let labels = [
+            ("version", env!("CARGO_PKG_VERSION").to_owned()),
+            ("cluster", self.cluster.clone()),
+            ("node", self.node.clone()),
+        ];
+        gauge!("ballast_build_info", &labels).set(1.0);
+        set_usage(&Usage::now());
+        self.handle.render()
+    }
+}
+
+fn describe() {
+    describe_gauge!("ballast_shard_up", "Whether the shard answered for this page.");
+    describe_gauge!("ballast_build_info", "Always 1; version, cluster and node are its labels.");
+    // The names that Prometheus' own client libraries use.
+    describe_gauge!("process_resident_memory_bytes", "Resident memory.");
+    describe_gauge!("process_virtual_memory_bytes", "Virtual memory.");
+    describe_gauge!("process_open_fds", "Open files and sockets.");
+    describe_gauge!("process_threads", "Threads.");
+    describe_gauge!("process_start_time_seconds", "When the process started, since 1970.");
+    describe_counter!("process_cpu_seconds_total", "User and system time.");
+}
+
+fn set_usage(usage: &Usage) {
+    gauge!("process_resident_memory_bytes").set(usage.resident_bytes as f64);
+    gauge!("process_virtual_memory_bytes").set(usage.virtual_bytes as f64);
+    gauge!("process_open_fds").set(usage.open_files as f64);
+    gauge!("process_threads").set(usage.threads as f64);
+    gauge!("process_start_time_seconds").set(usage.start_seconds);
+    // Counters of this library are whole numbers.
+    counter!("process_cpu_seconds_total").absolute(usage.cpu_seconds as u64);
+}
