@@ -46,6 +46,13 @@ impl PageCache {
         self.inner.borrow_mut().ring.push_back((Rc::downgrade(map), range));
     }
 
+    /// A map ends, and with it its pages.
+    pub(super) fn dismiss(&self, map: &Rc<RefCell<State>>, bytes: usize) {
+        let inner = &mut *self.inner.borrow_mut();
+        inner.bytes -= bytes;
+        inner.ring.retain(|(other, _)| !std::ptr::eq(other.as_ptr(), Rc::as_ptr(map)));
+    }
+
     /// Lets go of pages until the rest fits. Called with no map borrowed.
     pub(super) fn shrink(&self) {
         // Everything is passed twice at most: once to lose its mark, once to go.

@@ -4,7 +4,8 @@
 use ballast_block::{BranchId, Sequence};
 
 use super::ExtentMap;
-use super::types::{FreedSink, MapError, PageIo};
+use super::state::range_of;
+use super::types::{FreedSink, MapError, PageIo, PageSubject};
 
 impl<I: PageIo + FreedSink + 'static> ExtentMap<I> {
     /// Keeps everything that `branch` shows at `sequence` (its newest now) until it is deleted;
@@ -49,8 +50,8 @@ impl<I: PageIo + FreedSink + 'static> ExtentMap<I> {
     /// afterwards, nor be part of a later checkpoint. For a dropped or replaced replica.
     ///
     /// # Errors
-    /// [`MapError`] when a page can't be read: places that only it names are not reported; all
-    /// pages are, in any case.
+    /// The first [`MapError`], when pages can't be read: places of these ranges are not reported;
+    /// everything else is, and all pages.
     ///
     /// # Panics
     /// Between [`Self::freeze`] and the end of [`Self::write_frozen`]: a bug of the caller.
@@ -62,9 +63,19 @@ impl<I: PageIo + FreedSink + 'static> ExtentMap<I> {
             state.branches.let_go();
             state.look_for_dead();
         }
-        let merged = self.merge(0).await;
+        let mut problem = Ok(());
+        while let Err(error) = self.merge(0).await {
+            let (MapError::DamagedPage { what, .. } | MapError::ReadPage { what, .. }) = error
+            else {
+                return Err(error);
+            };
+            let PageSubject::Blocks(first) = what else { return Err(error) };
+            let uncached = self.state.borrow_mut().forget(range_of(first));
+            self.cache.subtract(uncached);
+            problem = problem.and(Err(error));
+        }
         let pages = self.state.borrow_mut().give_up_pages();
         pages.into_iter().for_each(|at| self.io.page_freed(at));
-        merged
+        problem
     }
 }

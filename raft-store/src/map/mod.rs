@@ -62,7 +62,8 @@ pub struct ExtentMap<I> {
 
 impl<I> Drop for ExtentMap<I> {
     fn drop(&mut self) {
-        self.cache.subtract(std::mem::take(&mut self.state.borrow_mut().clean_bytes));
+        let bytes = std::mem::take(&mut self.state.borrow_mut().clean_bytes);
+        self.cache.dismiss(&self.state, bytes);
     }
 }
 

@@ -344,6 +344,26 @@ impl State {
         self.untidy.append(&mut ranges);
     }
 
+    /// Lets go of a range unseen: its pages can't be read. Answers the memory that left the cache.
+    pub fn forget(&mut self, range: u32) -> usize {
+        self.take_delta(range);
+        let slots = std::mem::take(&mut self.directory.range_mut(range).slots);
+        let mut uncached = 0;
+        for slot in slots.as_slice() {
+            let memory = slot.page.as_ref().map_or(0, |page| page.memory());
+            if slot.dirty {
+                self.dirty_bytes -= memory;
+            } else {
+                uncached += memory;
+                self.superseded.push(slot.at);
+            }
+        }
+        self.clean_bytes -= uncached;
+        self.history.remove(&range);
+        self.untidy.remove(&range);
+        uncached
+    }
+
     /// Every page on disk that is, or was since the last freeze, part of the map: no more.
     pub fn give_up_pages(&mut self) -> Vec<PageAddress> {
         let mut pages = std::mem::take(&mut self.superseded);

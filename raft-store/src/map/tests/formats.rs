@@ -313,3 +313,24 @@ fn small_chunks_are_merged() {
         }
     });
 }
+
+#[test]
+fn a_wipe_passes_over_damage() {
+    run(async {
+        let (disk, root) = sample().await;
+        let accounts = disk.accounts.borrow().clone();
+        let disk = reboot(&disk);
+        disk.accounts.replace(accounts);
+        let map = ExtentMap::load(&root, disk.clone(), &PageCache::new(0)).await.unwrap();
+        let of_range_1 = map.state.borrow().directory.range(1).unwrap().slots()[0].at;
+        disk.pages.borrow_mut().insert(of_range_1.offset, Bytes::from_static(&[0; 3872]));
+        let error = map.wipe().await.unwrap_err();
+        assert!(matches!(error, MapError::DamagedPage { what: PageSubject::Blocks(256), .. }));
+        disk.doomed.borrow_mut().sort();
+        let doomed = disk.doomed.take();
+        assert_eq!(doomed.len(), disk.pages.borrow().len(), "every page, once");
+        let live = disk.accounts.borrow().live.len();
+        assert_eq!(live, 256, "only those of the range that can't be read");
+        assert_eq!(map.delta_bytes() + map.dirty_bytes(), 0);
+    });
+}
