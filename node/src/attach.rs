@@ -66,7 +66,7 @@ pub(crate) async fn attach_here<E: Env>(
         Err(reply) => return reply,
     };
     loop {
-        if let Err(shut) = family.group().gate().pass().await {
+        if let Err(shut) = family.group().pass().await {
             return failed(&shut.into());
         }
         let (writer, seen_generation) = {

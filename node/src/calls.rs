@@ -43,6 +43,8 @@ pub enum Tag {
     MoveLeader = 14,
     /// Whether this node's pool has room, for leaders elsewhere (a flag).
     Room = 15,
+    /// Sleep with this group, which is idle and in sync.
+    Sleep = 16,
 }
 
 impl Tag {
@@ -65,6 +67,7 @@ impl Tag {
             NodeReport,
             MoveLeader,
             Room,
+            Sleep,
         ]
         .into_iter()
         .find(|&tag| tag as u8 == byte)
@@ -422,4 +425,15 @@ pub struct MovedV1 {
     /// Why it was refused.
     #[prost(string, tag = "3")]
     pub reason: String,
+}
+
+/// Asks a member to sleep.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct SleepV1 {
+    /// The leader's term.
+    #[prost(uint64, tag = "1")]
+    pub term: u64,
+    /// The last index that every member has.
+    #[prost(uint64, tag = "2")]
+    pub last: u64,
 }

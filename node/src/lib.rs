@@ -19,6 +19,7 @@ pub mod nbd_target;
 pub mod node;
 pub mod operate;
 pub mod peers;
+mod quiesce;
 pub mod reconcile;
 pub mod report;
 pub mod resync;

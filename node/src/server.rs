@@ -19,14 +19,14 @@ use tokio::sync::mpsc;
 
 use crate::calls::{
     AttachV1, AttachmentV1, BlockV1, ClusterCallV1, DifferenceV1, FlagV1, MoveLeaderV1, OfferV1,
-    OperateV1, Tag, decode, encode_page,
+    OperateV1, SleepV1, Tag, decode, encode_page,
 };
 use crate::node::Inner;
 use crate::peers::connection::PeerError;
 use crate::peers::links::{Handler, Identity};
 use crate::peers::raft_codec as codec;
 use crate::peers::wire::Frame;
-use crate::{attach, operate, report, resync};
+use crate::{attach, operate, quiesce, report, resync};
 
 type Answer = Result<(Bytes, Vec<Bytes>), PeerError>;
 
@@ -85,7 +85,11 @@ impl<E: Env> Handler for Server<E> {
 
     fn link_up(&self, _peer: &Identity) {}
 
-    fn link_down(&self, _node: NodeId) {}
+    fn link_down(&self, node: NodeId) {
+        if let Some(inner) = self.inner.upgrade() {
+            quiesce::lost_node(&inner, node);
+        }
+    }
 }
 
 /// Refuses a peer whose pool is another than the cluster knows, or has gone back in time.
@@ -141,6 +145,9 @@ async fn follow<E: Env>(
     let mut answers = std::pin::pin!(group.raft().stream_append(requests));
     while let Some(answer) = answers.next().await {
         reply(codec::encode_append_reply(&answer.map_err(refused)?));
+        // After the entry, which is a sign of life of the leader: before it, the first tick of a
+        // woken member would campaign (hazard 14).
+        group.wake();
     }
     match stop.borrow_mut().take() {
         Some(error) => Err(error),
@@ -216,6 +223,10 @@ async fn dispatch<E: Env>(inner: Rc<Inner<E>>, peer: Identity, frame: Frame) -> 
             let ask: MoveLeaderV1 = decode(body)?;
             message(&attach::move_leader_here(&inner, frame.family, NodeId(ask.node)).await)
         }
+        Tag::Sleep => {
+            let ask: SleepV1 = decode(body)?;
+            message(&FlagV1 { flag: group_of(&inner, &frame)?.sleep_under(ask.term, ask.last) })
+        }
         Tag::Room => {
             let word: FlagV1 = decode(body)?;
             inner.room.note(peer.node, word.flag, inner.env.now());
@@ -236,6 +247,7 @@ async fn raft_call<E: Env>(inner: &Inner<E>, tag: Tag, frame: &Frame, body: &[u8
                 Tag::Vote => group.raft().vote(request).await,
                 _ => group.raft().pre_vote(request).await,
             };
+            group.wake();
             codec::encode_vote_reply(&reply.map_err(refused)?).into()
         }
         Tag::Transfer => {
@@ -250,6 +262,7 @@ async fn raft_call<E: Env>(inner: &Inner<E>, tag: Tag, frame: &Frame, body: &[u8
             let previous = request.prev_log_id;
             let last = request.entries.last().map(|entry| entry.log_id).or(previous);
             let reply = group.raft().append_entries(request).await.map_err(refused)?;
+            group.wake();
             codec::encode_append_reply(&reply.into_stream_result(previous, last))
         }
     };

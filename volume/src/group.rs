@@ -4,7 +4,7 @@
 //! machine. Owns the rules that openraft leaves to its user: no leader restore (hazard F1), no vote
 //! in the first lease of a process (hazard F4), no vote of a suspect (hazard F6).
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -119,7 +119,7 @@ pub enum ProposeError {
 
 /// One member of a Raft group. Clones share it.
 pub struct Group<E: Env> {
-    inner: Rc<Inner<E>>,
+    pub(crate) inner: Rc<Inner<E>>,
 }
 
 impl<E: Env> Clone for Group<E> {
@@ -128,15 +128,19 @@ impl<E: Env> Clone for Group<E> {
     }
 }
 
-struct Inner<E: Env> {
-    env: E,
-    raft: GroupRaft<E>,
-    replica: Replica<E>,
-    settings: RaftSettings,
-    gate: ReadGate<E>,
+pub(crate) struct Inner<E: Env> {
+    pub(crate) env: E,
+    pub(crate) raft: GroupRaft<E>,
+    pub(crate) replica: Replica<E>,
+    pub(crate) settings: RaftSettings,
+    pub(crate) gate: ReadGate<E>,
     applied: Rc<watch::Sender<Option<LogId>>>,
     /// Until then this process neither votes nor campaigns (hazard F4a).
     quiet_until: Instant,
+    /// When the group was last asked for something.
+    pub(crate) used: Cell<Instant>,
+    /// Whether ticks and heartbeats are off here (see `quiesce`).
+    pub(crate) asleep: Cell<bool>,
     _tasks: RefCell<Vec<OwnedTask>>,
 }
 
@@ -184,6 +188,8 @@ impl<E: Env> Group<E> {
             gate,
             applied,
             quiet_until,
+            used: Cell::new(start),
+            asleep: Cell::new(false),
             _tasks: RefCell::default(),
         };
         let group = Self { inner: Rc::new(inner) };
@@ -279,6 +285,7 @@ impl<E: Env> Group<E> {
         command: Command,
         term: Option<u64>,
     ) -> Result<(LogId, ApplyReply), ProposeError> {
+        self.wake_to_lead().await;
         let (responder, result) = ProgressResponder::complete_only();
         let mut request = self.inner.raft.write(command).responder(responder);
         if let Some(term) = term {

@@ -8,6 +8,7 @@ pub mod family;
 pub mod group;
 pub mod locks;
 pub mod machine;
+pub mod quiesce;
 pub mod read;
 pub mod read_gate;
 pub mod retention;

@@ -21,7 +21,7 @@ impl<E: Env> Family<E> {
             let limit = (TRANSFER_BLOCKS_MAX * BLOCK_SIZE) as u64;
             return Err(IoError::TooLarge { limit }.into());
         }
-        self.inner.group.gate().pass().await?;
+        self.inner.group.pass().await?;
         let parts = self.read_stored(blocks).await?;
         Ok(OperationReply::Data(cut(parts, range, blocks)))
     }
@@ -31,7 +31,7 @@ impl<E: Env> Family<E> {
         if range.end() > size {
             return Err(IoError::RangeOutside.into());
         }
-        self.inner.group.gate().pass().await?;
+        self.inner.group.pass().await?;
         let runs = self.inner.group.replica().allocation(ROOT_BRANCH, range).await;
         Ok(OperationReply::Status(runs.map_err(unreadable)?))
     }

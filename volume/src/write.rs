@@ -121,7 +121,7 @@ impl<E: Env> Family<E> {
         blocks: BlockRange,
         buffer: &mut AlignedBuf,
     ) -> Result<u64, ExecuteError> {
-        let term = self.inner.group.gate().pass().await?;
+        let term = self.inner.group.pass().await?;
         let last = blocks.count - 1;
         if !range.offset.is_multiple_of(BLOCK_SIZE_U64) || range.length < BLOCK_SIZE_U64 {
             self.read_block(blocks.start, &mut buffer[..BLOCK_SIZE]).await?;
