@@ -334,3 +334,25 @@ fn a_wipe_passes_over_damage() {
         assert_eq!(map.delta_bytes() + map.dirty_bytes(), 0);
     });
 }
+
+#[test]
+fn a_repeated_write_replaces_the_earlier_one() {
+    run(async {
+        for merge_between in [false, true] {
+            let disk = Rc::new(Disk::default());
+            let map = ExtentMap::new(disk.clone(), &PageCache::new(1 << 20));
+            disk.accounts.borrow_mut().live.extend([10, 11, 20]);
+            let range = BlockRange::new(5, 2);
+            map.write(ROOT_BRANCH, Sequence(3), range, Place(10), &[1, 2]);
+            if merge_between {
+                map.merge(0).await.unwrap();
+            }
+            map.write(ROOT_BRANCH, Sequence(3), BlockRange::new(6, 1), Place(20), &[7]);
+            let before = map.lookup(ROOT_BRANCH, None, range).await.unwrap();
+            map.merge(0).await.unwrap();
+            assert_eq!(map.lookup(ROOT_BRANCH, None, range).await.unwrap(), before);
+            let live: Vec<u64> = disk.accounts.borrow().live.iter().copied().collect();
+            assert_eq!((live, before.len()), (vec![10, 20], 2));
+        }
+    });
+}

@@ -287,7 +287,12 @@ impl Family {
         match self.frozen.take() {
             None => self.frozen = Some((self.map.freeze(), self.saved())),
             Some((frozen, saved)) => {
-                let root = self.map.write_frozen(frozen).await.unwrap();
+                let target = self.dice.roll(6000) as usize;
+                let writing = self.map.write_frozen(frozen);
+                let (root, merged) =
+                    futures_util::future::join(writing, self.map.merge(target)).await;
+                merged.unwrap();
+                let root = root.unwrap();
                 self.disk.checkpointed();
                 self.durable = Some((root, saved));
                 self.disk.remember();
