@@ -4,11 +4,17 @@
 //! `node` and below as it is, through [`env::SimEnv`]; never patches it and never looks at its
 //! private state where its bytes on a wire or a disk can be looked at instead.
 
+pub mod cluster;
 pub mod env;
+pub mod host;
 pub mod machine;
+pub mod nemesis;
 pub mod oracle;
 mod os_entropy;
 mod panics;
+pub mod plan;
 pub mod rng;
+pub mod system;
+pub mod toy;
 pub mod trace;
 pub mod world;

@@ -196,6 +196,13 @@ impl Machine {
         }
     }
 
+    /// Takes [`Machine::crash_after_effects`] back.
+    pub fn cancel_doom(&self) {
+        if let Some(process) = self.0.process.borrow().as_ref() {
+            process.doom.set(None);
+        }
+    }
+
     /// SIGSTOP: the process is not scheduled until [`Machine::resume`]. Its clock runs on.
     pub fn stop(&self) {
         if let Some(process) = self.0.process.borrow().as_ref() {

@@ -131,6 +131,8 @@ struct Write {
     zeroes: bool,
     began: u64,
     in_effect: u64,
+    /// When it was fenced: it happened before or never.
+    deadline: u64,
     refused: bool,
 }
 
@@ -153,7 +155,8 @@ impl Oracle {
         let mut writes = self.writes.borrow_mut();
         // Id 0 stays free, so that a block of zeroes is no stamp.
         let id = WriteId(writes.len() as u64 + 1);
-        writes.push(Write { volume, range, zeroes, began, in_effect: u64::MAX, refused: false });
+        let (in_effect, deadline) = (u64::MAX, u64::MAX);
+        writes.push(Write { volume, range, zeroes, began, in_effect, deadline, refused: false });
         let mut blocks = self.blocks.borrow_mut();
         for block in range.start..range.end() {
             blocks.entry((volume, block)).or_default().writes.push(id);
@@ -167,9 +170,19 @@ impl Oracle {
         let mut writes = self.writes.borrow_mut();
         let write = &mut writes[(id.0 - 1) as usize];
         match outcome {
-            Outcome::Done => write.in_effect = write.in_effect.min(ended),
+            Outcome::Done => write.in_effect = write.in_effect.min(ended).min(write.deadline),
             Outcome::Unknown => {}
             Outcome::Refused => write.refused = true,
+        }
+    }
+
+    /// A new attachment of `volume` was admitted: writes of older ones happened by now, or never
+    /// will (guarantee **fenced**).
+    pub fn fence(&self, volume: u64) {
+        let now = self.next_time();
+        let mut writes = self.writes.borrow_mut();
+        for write in writes.iter_mut().filter(|write| write.volume == volume) {
+            write.deadline = write.deadline.min(now);
         }
     }
 
@@ -256,7 +269,7 @@ impl Oracle {
         if write.refused {
             return Err(Violation::Refused { volume, block, write: id });
         }
-        write.in_effect = write.in_effect.min(at);
+        write.in_effect = write.in_effect.min(at).min(write.deadline);
         Ok(())
     }
 

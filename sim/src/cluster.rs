@@ -1,0 +1,315 @@
+//! One run: a cluster of a [`System`], hosts that use it, faults, and the judgement.
+//!
+//! Phases: *start* (form the cluster), *safety* (hosts work while the nemesis rages), *liveness*
+//! (everything is mended; every host must get answers again within a bounded time, and all must
+//! finish), *read back* (every block that was ever written), *power loss* (all nodes at once; a
+//! random majority comes back, and every block is read again), *compare* (replicas at one log
+//! position have one content).
+
+use std::fmt;
+use std::rc::Rc;
+
+use ballast_block::NodeId;
+use thiserror::Error;
+
+use crate::host::workload::Host;
+use crate::machine::{Crash, MachineOptions};
+use crate::nemesis::{Nemesis, start_if_down};
+use crate::oracle::{Oracle, Violation};
+use crate::plan::Plan;
+use crate::system::System;
+use crate::world::{World, run};
+
+/// First machine number of hosts.
+const HOSTS: u32 = 1_000;
+
+/// How long the first start may take, in milliseconds of virtual time.
+const START_MS: u64 = 60_000;
+
+/// A run that failed.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum Failure {
+    /// A guarantee was broken.
+    #[error("{0}")]
+    Violated(#[from] Violation),
+    /// Something did not come to its end in time although nothing was broken any more.
+    #[error("no progress within {limit_ms} ms of virtual time: {what}")]
+    Stuck {
+        /// What should have happened.
+        what: String,
+        /// How long was waited.
+        limit_ms: u64,
+    },
+    /// Two replicas at one log position have different contents.
+    #[error("volume {volume} at index {applied}: {a} and {b} differ")]
+    Diverged {
+        /// The volume's place in the system's list.
+        volume: usize,
+        /// The log position.
+        applied: u64,
+        /// One node.
+        a: NodeId,
+        /// The other.
+        b: NodeId,
+    },
+}
+
+/// What a run was.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// The seed.
+    pub seed: u64,
+    /// Hash of everything that happened.
+    pub hash: u64,
+    /// How many events there were.
+    pub events: u64,
+    /// Virtual time in milliseconds.
+    pub virtual_ms: u64,
+    /// Requests of hosts that were answered with success.
+    pub answered: u64,
+    /// Starts of node processes.
+    pub starts: u64,
+    /// The end of the trace.
+    pub tail: Vec<String>,
+    /// What was wrong.
+    pub failure: Option<Failure>,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { seed, hash, events, virtual_ms, answered, starts, .. } = self;
+        let verdict = if self.failure.is_none() { "ok" } else { "FAILED" };
+        write!(
+            f,
+            "seed {seed} {verdict} hash {hash:016x} events {events} virtual {virtual_ms} ms \
+             answered {answered} starts {starts}"
+        )
+    }
+}
+
+/// Runs the plan of `seed` on `system`.
+pub fn simulate<S: System>(system: S, seed: u64, plan: Plan, verbose: bool) -> Report {
+    run(seed, |world| async move {
+        world.trace().set_verbose(verbose);
+        world.note(format!("{plan:?}"));
+        let cluster = Cluster::new(system, world.clone(), plan);
+        let failure = cluster.phases().await.err();
+        if let Some(failure) = &failure {
+            world.note(format!("FAILURE {failure}"));
+        }
+        Report {
+            seed,
+            hash: world.trace().hash(),
+            events: world.trace().events(),
+            virtual_ms: world.now_ms(),
+            answered: cluster.answered(),
+            starts: cluster
+                .nodes
+                .iter()
+                .filter_map(|id| world.machine(*id))
+                .map(|m| m.starts())
+                .sum(),
+            tail: world.trace().tail(60),
+            failure,
+        }
+    })
+}
+
+struct Cluster<S> {
+    system: S,
+    world: World,
+    plan: Plan,
+    nodes: Vec<NodeId>,
+    oracle: Rc<Oracle>,
+    hosts: std::cell::RefCell<Vec<(NodeId, Rc<Host>)>>,
+}
+
+impl<S: System> Cluster<S> {
+    fn new(system: S, world: World, plan: Plan) -> Self {
+        let rng = world.rng("machines", 0);
+        let nodes: Vec<NodeId> = (1..=plan.nodes).map(NodeId).collect();
+        for id in &nodes {
+            let ppm = rng.between(0, 2 * plan.drift_ppm) as i64 - plan.drift_ppm as i64;
+            let options = MachineOptions {
+                drift_ppm: i32::try_from(ppm).expect("a small drift"),
+                clock_start_nanos: rng.below(1 << 50),
+                wall_start_ms: rng.below(1 << 42),
+            };
+            world.add_machine(*id, options);
+        }
+        Self { system, world, plan, nodes, oracle: Rc::default(), hosts: Default::default() }
+    }
+
+    async fn phases(&self) -> Result<(), Failure> {
+        for node in &self.nodes {
+            start_if_down(&self.system, &self.world, *node);
+        }
+        let prepared = self.system.prepare(&self.world);
+        self.within(START_MS, "the cluster forms", prepared).await?;
+        self.add_hosts();
+        let hosts = self.hosts.borrow().iter().map(|(id, _)| *id).collect();
+        let (system, world) = (self.system.clone(), self.world.clone());
+        let nemesis = Rc::new(Nemesis::new(
+            system,
+            world,
+            self.nodes.clone(),
+            hosts,
+            self.plan.faults.clone(),
+        ));
+        let raging = nemesis.clone();
+        tokio::task::spawn_local(async move { raging.rage().await });
+        self.safety().await?;
+        nemesis.mend();
+        self.liveness().await?;
+        self.read_back("read back").await?;
+        self.power_loss().await?;
+        self.compare().await
+    }
+
+    fn add_hosts(&self) {
+        let mut number = HOSTS;
+        for (index, volume) in self.system.volumes().into_iter().enumerate() {
+            for _ in 0..self.plan.hosts {
+                number += 1;
+                let id = NodeId(number);
+                let machine = self.world.add_machine(id, MachineOptions::default());
+                let targets = self.nodes.iter().map(|id| self.system.nbd_address(*id)).collect();
+                let mut mix = self.plan.mix.clone();
+                mix.blocks = mix.blocks.min(volume.blocks);
+                mix.fenced = self.system.fences() && self.plan.hosts == 1;
+                let rng = self.world.rng("host", u64::from(number));
+                let export = (index as u64, volume.name.as_str());
+                let host = Host::new(self.oracle.clone(), rng, export, targets, mix);
+                self.hosts.borrow_mut().push((id, host.clone()));
+                machine.start(move |env| host.run(env));
+            }
+        }
+    }
+
+    fn answered(&self) -> u64 {
+        self.hosts.borrow().iter().map(|(_, host)| host.answered()).sum()
+    }
+
+    fn check_hosts(&self) -> Result<(), Failure> {
+        for (_, host) in self.hosts.borrow().iter() {
+            if let Some(violation) = host.violation() {
+                return Err(violation.into());
+            }
+        }
+        Ok(())
+    }
+
+    async fn safety(&self) -> Result<(), Failure> {
+        let end = self.world.now_ms() + self.plan.safety_ms;
+        while self.answered() < self.plan.steps && self.world.now_ms() < end {
+            self.world.sleep_ms(100).await;
+            self.check_hosts()?;
+        }
+        Ok(())
+    }
+
+    async fn liveness(&self) -> Result<(), Failure> {
+        let hosts: Vec<Rc<Host>> =
+            self.hosts.borrow().iter().map(|(_, host)| host.clone()).collect();
+        let before: Vec<u64> = hosts.iter().map(|host| host.answered()).collect();
+        self.until("every host gets answers again", || {
+            hosts.iter().zip(&before).all(|(host, before)| host.answered() >= before + 3)
+        })
+        .await?;
+        hosts.iter().for_each(|host| host.stop());
+        let machines: Vec<NodeId> = self.hosts.borrow().iter().map(|(id, _)| *id).collect();
+        self.until("every host finishes", || {
+            machines.iter().all(|id| self.world.machine(*id).is_some_and(|host| !host.is_running()))
+        })
+        .await
+    }
+
+    async fn read_back(&self, phase: &str) -> Result<(), Failure> {
+        self.world.note(phase);
+        let hosts = self.hosts.borrow().clone();
+        for (id, host) in &hosts {
+            let machine = self.world.machine(*id).expect("a host of the run");
+            let host = host.clone();
+            machine.start(move |env| async move { host.read_back(&env).await });
+        }
+        let running = |(id, _): &(NodeId, Rc<Host>)| {
+            self.world.machine(*id).is_some_and(|host| host.is_running())
+        };
+        let what = format!("{phase}: every written block can be read");
+        self.until(&what, || !hosts.iter().any(running)).await?;
+        self.oracle.check_all()?;
+        Ok(())
+    }
+
+    /// Guarantees **recoverable** and **durable-on-majority**.
+    async fn power_loss(&self) -> Result<(), Failure> {
+        for node in &self.nodes {
+            self.world.machine(*node).expect("a node").crash(Crash::PowerLoss);
+        }
+        let rng = self.world.rng("majority", 0);
+        let mut left = self.nodes.clone();
+        left.remove(rng.below(left.len() as u64) as usize);
+        for node in &left {
+            start_if_down(&self.system, &self.world, *node);
+        }
+        self.read_back("read from a majority after power loss").await?;
+        for node in &self.nodes {
+            start_if_down(&self.system, &self.world, *node);
+        }
+        self.read_back("read with all nodes back").await
+    }
+
+    async fn compare(&self) -> Result<(), Failure> {
+        let views = || self.nodes.iter().map(|id| (*id, self.system.replicas(*id)));
+        let level = || {
+            let mut all: Vec<(usize, u64)> = Vec::new();
+            views().for_each(|(_, replicas)| {
+                all.extend(replicas.iter().map(|r| (r.volume, r.applied)))
+            });
+            self.system.volumes().iter().enumerate().all(|(volume, _)| {
+                let mut positions = all.iter().filter(|(of, _)| *of == volume).map(|(_, at)| at);
+                let first = positions.next();
+                positions.all(|position| Some(position) == first)
+            })
+        };
+        self.until("all replicas apply the same entries", level).await?;
+        let mut seen: Vec<(NodeId, crate::system::ReplicaView)> = Vec::new();
+        for (node, replica) in views().flat_map(|(id, all)| all.into_iter().map(move |r| (id, r))) {
+            let twin = seen.iter().find(|(_, other)| other.volume == replica.volume);
+            if let Some((other, twin)) = twin
+                && twin.digest != replica.digest
+            {
+                let (volume, applied) = (replica.volume, replica.applied);
+                return Err(Failure::Diverged { volume, applied, a: *other, b: node });
+            }
+            seen.push((node, replica));
+        }
+        Ok(())
+    }
+
+    async fn until(&self, what: &str, done: impl Fn() -> bool) -> Result<(), Failure> {
+        let waiting = async {
+            while !done() {
+                self.world.sleep_ms(50).await;
+                self.check_hosts()?;
+            }
+            self.check_hosts()
+        };
+        self.within(self.plan.liveness_ms, what, waiting).await?
+    }
+
+    async fn within<T>(
+        &self,
+        limit_ms: u64,
+        what: &str,
+        waiting: impl Future<Output = T>,
+    ) -> Result<T, Failure> {
+        tokio::select! {
+            biased;
+            outcome = waiting => Ok(outcome),
+            () = self.world.sleep_ms(limit_ms) => {
+                Err(Failure::Stuck { what: what.to_owned(), limit_ms })
+            }
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! Simulated hosts: clients that speak real NBD bytes over the simulated network, and what they do
+//! with it.
+
+pub mod nbd;
+pub mod workload;

@@ -1,0 +1,240 @@
+//! What a simulated host does: reads, writes, trims of one volume at a queue depth, each told to the
+//! oracle.
+//!
+//! A host tries its targets in turn until one takes it, keeps several requests in flight, gives up
+//! on a request after a while, and goes on elsewhere when its connection breaks. It never repeats a
+//! request: the next one is a new operation.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::time::Duration;
+
+use ballast_block::BlockRange;
+use ballast_block::geometry::BLOCK_SIZE_U64;
+use ballast_env::clock::Clock;
+use ballast_env::network::Address;
+
+use crate::env::SimEnv;
+use crate::host::nbd::{Command, NbdClient, NbdError};
+use crate::oracle::{Oracle, Outcome, Violation, WriteId, stamp};
+use crate::rng::Rng;
+
+/// What a host does, and how fast.
+#[derive(Clone, Debug)]
+pub struct Mix {
+    /// Requests in flight.
+    pub depth: u64,
+    /// Blocks of the volume that it uses, from the start: few make conflicts likely.
+    pub blocks: u64,
+    /// Largest request in blocks.
+    pub request_blocks_max: u64,
+    /// Of a million requests, how many read.
+    pub read_rate: u64,
+    /// Of a million requests, how many trim or write zeroes.
+    pub zero_rate: u64,
+    /// Longest pause between two requests of one slot, in milliseconds.
+    pub pause_ms_max: u64,
+    /// How long a host waits for an answer before it drops the connection, in milliseconds.
+    pub patience_ms: u64,
+    /// Whether a new connection fences what older ones left without answer. Only for a host that
+    /// is alone on its volume.
+    pub fenced: bool,
+}
+
+/// A host's view of one volume, shared with the scenario that watches it.
+pub struct Host {
+    oracle: Rc<Oracle>,
+    rng: Rng,
+    volume: u64,
+    export: String,
+    targets: Vec<Address>,
+    mix: Mix,
+    client: RefCell<Option<Rc<NbdClient>>>,
+    connecting: tokio::sync::Mutex<u64>,
+    /// Requests that were answered with success.
+    answered: Cell<u64>,
+    in_flight: Cell<u64>,
+    stopping: Cell<bool>,
+    violation: RefCell<Option<Violation>>,
+}
+
+impl Host {
+    /// A host that will use `export` (the oracle's `volume`) at any of `targets`.
+    pub fn new(
+        oracle: Rc<Oracle>,
+        rng: Rng,
+        (volume, export): (u64, &str),
+        targets: Vec<Address>,
+        mix: Mix,
+    ) -> Rc<Self> {
+        let first = rng.below(targets.len() as u64);
+        Rc::new(Self {
+            oracle,
+            rng,
+            volume,
+            export: export.to_owned(),
+            targets,
+            mix,
+            client: RefCell::new(None),
+            connecting: tokio::sync::Mutex::new(first),
+            answered: Cell::new(0),
+            in_flight: Cell::new(0),
+            stopping: Cell::new(false),
+            violation: RefCell::new(None),
+        })
+    }
+
+    /// The host's process: runs until [`Host::stop`] and then until nothing is in flight.
+    pub async fn run(self: Rc<Self>, env: SimEnv) {
+        let slots = (0..self.mix.depth).map(|_| {
+            let (host, env) = (self.clone(), env.clone());
+            async move {
+                while !host.stopping.get() {
+                    host.one_request(&env).await;
+                    let pause = host.rng.between(0, host.mix.pause_ms_max);
+                    env.sleep(Duration::from_millis(pause)).await;
+                }
+            }
+        });
+        futures_util::future::join_all(slots).await;
+    }
+
+    /// No new requests from now on.
+    pub fn stop(&self) {
+        self.stopping.set(true);
+    }
+
+    /// Requests that were answered with success.
+    pub fn answered(&self) -> u64 {
+        self.answered.get()
+    }
+
+    /// Requests without answer yet.
+    pub fn in_flight(&self) -> u64 {
+        self.in_flight.get()
+    }
+
+    /// The first guarantee that this host saw broken.
+    pub fn violation(&self) -> Option<Violation> {
+        self.violation.borrow().clone()
+    }
+
+    /// Reads everything that was ever written, until all of it could be read.
+    pub async fn read_back(&self, env: &SimEnv) {
+        for range in self.oracle.written(self.volume, self.mix.request_blocks_max as u32) {
+            while self.violation().is_none() && !self.read(env, range).await {
+                env.sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+
+    async fn one_request(&self, env: &SimEnv) {
+        let count = self.rng.between(1, self.mix.request_blocks_max.min(self.mix.blocks));
+        let start = self.rng.below(self.mix.blocks - count + 1);
+        let range = BlockRange::new(start, count as u32);
+        let kind = self.rng.below(1_000_000);
+        if kind < self.mix.read_rate {
+            self.read(env, range).await;
+        } else {
+            self.write(env, range, kind < self.mix.read_rate + self.mix.zero_rate).await;
+        }
+    }
+
+    async fn read(&self, env: &SimEnv, range: BlockRange) -> bool {
+        let Some(client) = self.connected(env).await else { return false };
+        let token = self.oracle.read_begins(self.volume, range);
+        let offset = range.start * BLOCK_SIZE_U64;
+        let command = Command::Read { offset, length: range.bytes() as u32 };
+        let Ok(bytes) = self.ask(env, &client, command).await else { return false };
+        if let Err(violation) = self.oracle.read_ends(token, &bytes) {
+            env.world().note(format!("VIOLATION {violation}"));
+            self.violation.borrow_mut().get_or_insert(violation);
+        }
+        true
+    }
+
+    async fn write(&self, env: &SimEnv, range: BlockRange, zeroes: bool) {
+        let Some(client) = self.connected(env).await else { return };
+        let id = self.oracle.write_begins(self.volume, range, zeroes);
+        env.world().note(format!("{} {id:?} begins {range}", self.export));
+        let command = self.write_command(id, range, zeroes);
+        let outcome = match self.ask(env, &client, command).await {
+            Ok(_) => Outcome::Done,
+            Err(error) if error.is_refusal() => Outcome::Refused,
+            Err(_) => Outcome::Unknown,
+        };
+        env.world().note(format!("{} {id:?} ends {outcome:?}", self.export));
+        self.oracle.write_ends(id, outcome);
+    }
+
+    fn write_command(&self, id: WriteId, range: BlockRange, zeroes: bool) -> Command {
+        let (offset, length) = (range.start * BLOCK_SIZE_U64, range.bytes() as u32);
+        if zeroes && self.rng.chance(500_000) {
+            return Command::Trim { offset, length };
+        }
+        if zeroes {
+            return Command::WriteZeroes { offset, length };
+        }
+        let blocks = range.start..range.end();
+        let data = blocks.flat_map(|block| stamp::stamp(self.volume, block, id)).collect();
+        Command::Write { offset, data }
+    }
+
+    /// Runs one command; a host out of patience drops the connection and every answer on it.
+    async fn ask(
+        &self,
+        env: &SimEnv,
+        client: &Rc<NbdClient>,
+        command: Command,
+    ) -> Result<Vec<u8>, NbdError> {
+        self.in_flight.set(self.in_flight.get() + 1);
+        let outcome = tokio::select! {
+            biased;
+            outcome = client.run(command) => outcome,
+            () = env.sleep(Duration::from_millis(self.mix.patience_ms)) => Err(NbdError::Lost),
+        };
+        self.in_flight.set(self.in_flight.get() - 1);
+        match &outcome {
+            Ok(_) => self.answered.set(self.answered.get() + 1),
+            Err(NbdError::Errno(_)) if outcome.as_ref().is_err_and(NbdError::is_refusal) => {}
+            // An I/O error makes a host look for another path.
+            Err(_) => self.disconnect(client),
+        }
+        outcome
+    }
+
+    fn disconnect(&self, client: &Rc<NbdClient>) {
+        let mut current = self.client.borrow_mut();
+        if current.as_ref().is_some_and(|current| Rc::ptr_eq(current, client)) {
+            *current = None;
+        }
+    }
+
+    /// The connection, made anew when there is none. `None` when no target took it this time.
+    async fn connected(&self, env: &SimEnv) -> Option<Rc<NbdClient>> {
+        let mut next = self.connecting.lock().await;
+        if let Some(client) = self.client.borrow().clone().filter(|client| !client.is_lost()) {
+            return Some(client);
+        }
+        let target = self.targets[*next as usize % self.targets.len()].clone();
+        *next += 1;
+        let structured = self.rng.chance(500_000);
+        let made = tokio::select! {
+            biased;
+            made = NbdClient::connect(env, &target, &self.export, structured) => made.ok(),
+            () = env.sleep(Duration::from_millis(self.mix.patience_ms)) => None,
+        };
+        let Some(client) = made else {
+            env.sleep(Duration::from_millis(self.rng.between(1, 200))).await;
+            return None;
+        };
+        assert!(client.size() >= self.mix.blocks * BLOCK_SIZE_U64, "the export is smaller");
+        env.world().note(format!("{} connected to {target}", self.export));
+        if self.mix.fenced {
+            self.oracle.fence(self.volume);
+        }
+        let client = Rc::new(client);
+        self.client.replace(Some(client.clone()));
+        Some(client)
+    }
+}

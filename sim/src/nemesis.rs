@@ -1,0 +1,246 @@
+//! Who makes things go wrong during the safety phase, and who mends everything afterwards.
+//!
+//! Faults stay within what the product promises to survive: any number of nodes may be down or cut
+//! off at once (then nothing is served, and nothing may be lost), disks keep what they reported
+//! durable, and rot hits at most one node of a run.
+
+use std::cell::Cell;
+use std::path::PathBuf;
+
+use ballast_block::NodeId;
+
+use crate::env::disk::DiskFaults;
+use crate::env::network::Link;
+use crate::machine::Crash;
+use crate::rng::Rng;
+use crate::system::System;
+use crate::world::World;
+
+/// Which faults happen, each with its weight (0: never), and how often any.
+#[derive(Clone, Debug, Default)]
+pub struct Faults {
+    /// Mean time between two faults in milliseconds; 0: no faults.
+    pub every_ms: u64,
+    /// Weights of [`FAULTS`], in its order.
+    pub weights: Vec<u64>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    Kill,
+    PowerLoss,
+    KillSoon,
+    PowerLossOfAll,
+    Stop,
+    CutOneWay,
+    Isolate,
+    SlowLink,
+    ResetConnections,
+    StallDisk,
+    SlowDisk,
+    Rot,
+}
+
+/// All kinds of faults.
+const FAULTS: [Fault; 12] = [
+    Fault::Kill,
+    Fault::PowerLoss,
+    Fault::KillSoon,
+    Fault::PowerLossOfAll,
+    Fault::Stop,
+    Fault::CutOneWay,
+    Fault::Isolate,
+    Fault::SlowLink,
+    Fault::ResetConnections,
+    Fault::StallDisk,
+    Fault::SlowDisk,
+    Fault::Rot,
+];
+
+impl Faults {
+    /// A random choice.
+    pub fn of(rng: &Rng) -> Self {
+        let weight = |_| if rng.chance(500_000) { rng.between(1, 10) } else { 0 };
+        let every_ms = *rng.pick(&[0, 300, 1_500, 6_000]);
+        Self { every_ms, weights: FAULTS.iter().map(weight).collect() }
+    }
+
+    fn pick(&self, rng: &Rng) -> Option<Fault> {
+        let mut left = rng.below(self.weights.iter().sum::<u64>().max(1));
+        FAULTS.iter().zip(&self.weights).find_map(|(fault, weight)| {
+            let hit = left < *weight;
+            left = left.saturating_sub(*weight);
+            hit.then_some(*fault)
+        })
+    }
+}
+
+/// Makes things go wrong.
+pub struct Nemesis<S> {
+    system: S,
+    world: World,
+    nodes: Vec<NodeId>,
+    /// Machines that are no storage nodes.
+    hosts: Vec<NodeId>,
+    faults: Faults,
+    rng: Rng,
+    /// The one node of the run whose disk may rot.
+    rotten: NodeId,
+    calm: Cell<bool>,
+}
+
+impl<S: System> Nemesis<S> {
+    /// For a run with these machines.
+    pub fn new(
+        system: S,
+        world: World,
+        nodes: Vec<NodeId>,
+        hosts: Vec<NodeId>,
+        faults: Faults,
+    ) -> Self {
+        let rng = world.rng("nemesis", 0);
+        let rotten = *rng.pick(&nodes);
+        Self { system, world, nodes, hosts, faults, rng, rotten, calm: Cell::new(false) }
+    }
+
+    /// Makes faults until [`Nemesis::mend`] is called.
+    pub async fn rage(&self) {
+        while !self.calm.get() {
+            let pause = match self.faults.every_ms {
+                0 => 1_000,
+                every => self.rng.between(1, 2 * every),
+            };
+            self.world.sleep_ms(pause).await;
+            if self.faults.every_ms > 0
+                && !self.calm.get()
+                && let Some(fault) = self.faults.pick(&self.rng)
+            {
+                self.make(fault);
+            }
+        }
+    }
+
+    fn make(&self, fault: Fault) {
+        let node = *self.rng.pick(&self.nodes);
+        let machine = self.world.machine(node).expect("a node of the run");
+        let duration = *self.rng.pick(&[1, 20, 300, 2_000, 10_000]);
+        let duration = self.rng.between(1, 2 * duration);
+        self.world.note(format!("fault {fault:?} {node} {duration} ms"));
+        match fault {
+            Fault::Kill => machine.crash(Crash::Kill),
+            Fault::PowerLoss => machine.crash(Crash::PowerLoss),
+            Fault::KillSoon => {
+                let crash = *self.rng.pick(&[Crash::Kill, Crash::PowerLoss]);
+                machine.crash_after_effects(self.rng.below(40), crash);
+            }
+            Fault::PowerLossOfAll => {
+                for node in &self.nodes {
+                    self.world.machine(*node).expect("a node").crash(Crash::PowerLoss);
+                }
+            }
+            Fault::Stop => {
+                machine.stop();
+                self.world.after_ms(duration, move |_| machine.resume());
+            }
+            Fault::CutOneWay => self.cut(&[(node, self.other(node))], duration),
+            Fault::Isolate => {
+                let others = self.nodes.iter().chain(&self.hosts).filter(|other| **other != node);
+                let all = others.flat_map(|other| [(node, *other), (*other, node)]);
+                self.cut(&all.collect::<Vec<_>>(), duration);
+            }
+            Fault::SlowLink => self.slow_link(node, duration),
+            Fault::ResetConnections => {
+                self.world.net().reset_between(&self.world, node, self.other(node));
+            }
+            Fault::StallDisk => machine.disk().stall_until(self.world.now_ms() + duration),
+            Fault::SlowDisk => {
+                let latency_max_ms = self.rng.between(5, 200);
+                machine.disk().set_faults(DiskFaults { latency_max_ms, ..Default::default() });
+                self.world
+                    .after_ms(duration, move |_| machine.disk().set_faults(Default::default()));
+            }
+            Fault::Rot => self.rot(),
+        }
+        if matches!(fault, Fault::Kill | Fault::PowerLoss | Fault::KillSoon | Fault::PowerLossOfAll)
+        {
+            self.restart_later();
+        }
+    }
+
+    /// Another machine than `node`: a node or a host.
+    fn other(&self, node: NodeId) -> NodeId {
+        let others: Vec<NodeId> =
+            self.nodes.iter().chain(&self.hosts).copied().filter(|other| *other != node).collect();
+        *self.rng.pick(&others)
+    }
+
+    fn cut(&self, links: &[(NodeId, NodeId)], duration: u64) {
+        for (from, to) in links.iter().copied() {
+            let net = self.world.net();
+            net.set_link(&self.world, from, to, Link { cut: true, ..net.link(from, to) });
+            self.world.after_ms(duration, move |world| {
+                let link = Link { cut: false, ..world.net().link(from, to) };
+                world.net().set_link(world, from, to, link);
+            });
+        }
+    }
+
+    fn slow_link(&self, node: NodeId, duration: u64) {
+        let other = self.other(node);
+        let delay_max_ms = self.rng.between(2, 500);
+        let bytes_per_ms = *self.rng.pick(&[0, 10, 1_000]);
+        for (from, to) in [(node, other), (other, node)] {
+            let link = Link { delay_max_ms, bytes_per_ms, ..self.world.net().link(from, to) };
+            self.world.net().set_link(&self.world, from, to, link);
+            self.world.after_ms(duration, move |world| {
+                let cut = world.net().link(from, to).cut;
+                world.net().set_link(world, from, to, Link { cut, ..Default::default() });
+            });
+        }
+    }
+
+    fn rot(&self) {
+        let Some(pool): Option<PathBuf> = self.system.pool() else { return };
+        let disk = self.world.disk(self.rotten);
+        let hit = disk.rot_any(&pool);
+        self.world.note(format!("{} rots at {hit:?}", self.rotten));
+    }
+
+    /// Starts again, each after a while of its own, the nodes that are down then.
+    fn restart_later(&self) {
+        for node in self.nodes.clone() {
+            let delay = *self.rng.pick(&[1, 50, 500, 3_000, 15_000]);
+            let delay = self.rng.between(1, 2 * delay);
+            let system = self.system.clone();
+            self.world.after_ms(delay, move |world| start_if_down(&system, world, node));
+        }
+    }
+
+    /// Ends all faults: links, disks, processes.
+    pub fn mend(&self) {
+        self.calm.set(true);
+        self.world.note("mend everything");
+        let machines = self.world.machines();
+        for from in &machines {
+            from.disk().set_faults(DiskFaults::default());
+            from.disk().stall_until(0);
+            from.cancel_doom();
+            from.resume();
+            for to in &machines {
+                self.world.net().set_link(&self.world, from.id(), to.id(), Link::default());
+            }
+        }
+        for node in &self.nodes {
+            start_if_down(&self.system, &self.world, *node);
+        }
+    }
+}
+
+/// Starts the program on `node` unless it runs.
+pub fn start_if_down<S: System>(system: &S, world: &World, node: NodeId) {
+    let machine = world.machine(node).expect("a node of the run");
+    if !machine.is_running() {
+        let system = system.clone();
+        machine.start(move |env| async move { system.node(env).await });
+    }
+}

@@ -1,0 +1,57 @@
+//! What a seed means: the options of one run.
+//!
+//! Swarm testing: each kind of fault is on in about half of the runs, with a rate of its own, so
+//! that some runs have only one and reach states which a mix of all would never reach.
+
+use crate::host::workload::Mix;
+use crate::nemesis::Faults;
+use crate::rng::Rng;
+
+/// The options of one run.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Storage nodes.
+    pub nodes: u32,
+    /// Hosts per volume.
+    pub hosts: u32,
+    /// What each host does.
+    pub mix: Mix,
+    /// What goes wrong.
+    pub faults: Faults,
+    /// Largest rate difference of two clocks, in parts per million.
+    pub drift_ppm: u64,
+    /// Answered requests that end the safety phase.
+    pub steps: u64,
+    /// Virtual time that ends it, in milliseconds.
+    pub safety_ms: u64,
+    /// Virtual time in which everything must work again afterwards, in milliseconds.
+    pub liveness_ms: u64,
+}
+
+impl Plan {
+    /// The plan of `seed`; `steps` replaces its own.
+    pub fn of(seed: u64, steps: Option<u64>, request_blocks_max: u64) -> Self {
+        let rng = Rng::named(seed, "plan", 0);
+        let some = |low, high| rng.between(low, high);
+        let mix = Mix {
+            depth: *rng.pick(&[1, 2, 4, 8, 16]),
+            blocks: *rng.pick(&[2, 8, 32, 64]),
+            request_blocks_max: some(1, request_blocks_max),
+            read_rate: some(100_000, 800_000),
+            zero_rate: *rng.pick(&[0, 20_000, 150_000]),
+            pause_ms_max: *rng.pick(&[0, 5, 50]),
+            patience_ms: *rng.pick(&[500, 3_000, 15_000]),
+            fenced: false,
+        };
+        Self {
+            nodes: 3,
+            hosts: 1,
+            mix,
+            faults: Faults::of(&rng),
+            drift_ppm: *rng.pick(&[0, 50, 20_000]),
+            steps: steps.unwrap_or_else(|| some(300, 3_000)),
+            safety_ms: some(20_000, 120_000),
+            liveness_ms: 60_000,
+        }
+    }
+}

@@ -1,0 +1,58 @@
+//! What is simulated: the interface between the harness and a storage node's program.
+
+use std::future::Future;
+use std::path::PathBuf;
+
+use ballast_block::NodeId;
+use ballast_env::network::Address;
+
+use crate::env::SimEnv;
+use crate::world::World;
+
+/// A program that runs on every node, with what the harness must know of it from outside.
+pub trait System: Clone + 'static {
+    /// The program's process on the machine of `env`; runs until it is crashed. Called at every
+    /// start, so what must survive lies on the simulated disk.
+    fn node(&self, env: SimEnv) -> impl Future<Output = ()>;
+
+    /// Once, after the first start of all nodes: makes the cluster and its volumes.
+    fn prepare(&self, world: &World) -> impl Future<Output = ()>;
+
+    /// The volumes that hosts use, after [`System::prepare`].
+    fn volumes(&self) -> Vec<VolumeView>;
+
+    /// Where a host on another machine reaches `node`.
+    fn nbd_address(&self, node: NodeId) -> Address;
+
+    /// Largest request that is applied whole or not at all, in blocks.
+    fn request_blocks_max(&self) -> u64;
+
+    /// The file that may rot, if rot is to be survived.
+    fn pool(&self) -> Option<PathBuf>;
+
+    /// What every running node has applied, for comparing replicas.
+    fn replicas(&self, node: NodeId) -> Vec<ReplicaView>;
+
+    /// Whether a new attachment fences the writes of the one before.
+    fn fences(&self) -> bool;
+}
+
+/// A volume as a host sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeView {
+    /// Its export name.
+    pub name: String,
+    /// Its size in blocks.
+    pub blocks: u64,
+}
+
+/// A replica as the harness sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReplicaView {
+    /// The volume's place in [`System::volumes`].
+    pub volume: usize,
+    /// The log position that is applied.
+    pub applied: u64,
+    /// A digest of the contents at that position.
+    pub digest: u64,
+}
