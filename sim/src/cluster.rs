@@ -158,7 +158,7 @@ impl<S: System> Cluster<S> {
         ));
         let raging = nemesis.clone();
         tokio::task::spawn_local(async move { raging.rage().await });
-        self.safety().await?;
+        self.safety(&nemesis).await?;
         nemesis.mend();
         self.liveness().await?;
         self.read_back("read back").await?;
@@ -199,9 +199,13 @@ impl<S: System> Cluster<S> {
         Ok(())
     }
 
-    async fn safety(&self) -> Result<(), Failure> {
+    async fn safety(&self, nemesis: &Nemesis<S>) -> Result<(), Failure> {
         let end = self.world.now_ms() + self.plan.safety_ms;
-        while self.answered() < self.plan.steps && self.world.now_ms() < end {
+        let enough = || {
+            self.answered() >= self.plan.steps && nemesis.made() >= self.plan.fault_count
+                || self.answered() >= 4 * self.plan.steps
+        };
+        while !enough() && self.world.now_ms() < end {
             self.world.sleep_ms(100).await;
             self.check_hosts()?;
         }

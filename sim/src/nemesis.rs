@@ -65,6 +65,11 @@ impl Faults {
         Self { every_ms, weights: FAULTS.iter().map(weight).collect() }
     }
 
+    /// Whether there are any.
+    pub fn happen(&self) -> bool {
+        self.every_ms > 0 && self.weights.iter().any(|weight| *weight > 0)
+    }
+
     fn pick(&self, rng: &Rng) -> Option<Fault> {
         let mut left = rng.below(self.weights.iter().sum::<u64>().max(1));
         FAULTS.iter().zip(&self.weights).find_map(|(fault, weight)| {
@@ -87,6 +92,7 @@ pub struct Nemesis<S> {
     /// The one node of the run whose disk may rot.
     rotten: NodeId,
     calm: Cell<bool>,
+    made: Cell<u64>,
 }
 
 impl<S: System> Nemesis<S> {
@@ -100,7 +106,8 @@ impl<S: System> Nemesis<S> {
     ) -> Self {
         let rng = world.rng("nemesis", 0);
         let rotten = *rng.pick(&nodes);
-        Self { system, world, nodes, hosts, faults, rng, rotten, calm: Cell::new(false) }
+        let (calm, made) = (Cell::new(false), Cell::new(0));
+        Self { system, world, nodes, hosts, faults, rng, rotten, calm, made }
     }
 
     /// Makes faults until [`Nemesis::mend`] is called.
@@ -120,7 +127,13 @@ impl<S: System> Nemesis<S> {
         }
     }
 
+    /// Faults so far.
+    pub fn made(&self) -> u64 {
+        self.made.get()
+    }
+
     fn make(&self, fault: Fault) {
+        self.made.set(self.made.get() + 1);
         let node = *self.rng.pick(&self.nodes);
         let machine = self.world.machine(node).expect("a node of the run");
         let duration = *self.rng.pick(&[1, 20, 300, 2_000, 10_000]);

@@ -20,9 +20,11 @@ pub struct Plan {
     pub faults: Faults,
     /// Largest rate difference of two clocks, in parts per million.
     pub drift_ppm: u64,
-    /// Answered requests that end the safety phase.
+    /// Answered requests that end the safety phase, once there were enough faults.
     pub steps: u64,
-    /// Virtual time that ends it, in milliseconds.
+    /// Faults that are enough.
+    pub fault_count: u64,
+    /// Virtual time that ends it in any case, in milliseconds.
     pub safety_ms: u64,
     /// Virtual time in which everything must work again afterwards, in milliseconds.
     pub liveness_ms: u64,
@@ -43,11 +45,13 @@ impl Plan {
             patience_ms: *rng.pick(&[500, 3_000, 15_000]),
             fenced: false,
         };
+        let faults = Faults::of(&rng);
         Self {
             nodes: 3,
             hosts: 1,
             mix,
-            faults: Faults::of(&rng),
+            fault_count: if faults.happen() { some(5, 40) } else { 0 },
+            faults,
             drift_ppm: *rng.pick(&[0, 50, 20_000]),
             steps: steps.unwrap_or_else(|| some(300, 3_000)),
             safety_ms: some(20_000, 120_000),
