@@ -185,13 +185,19 @@ impl<E: Env> RaftNetworkV2<TypeConfig> for RaftClient<E> {
 
     fn stream_append<'s, S>(
         &'s mut self,
-        input: S,
+        mut input: S,
         _option: RPCOption,
     ) -> LocalBoxFuture<'s, Rpc<LocalBoxStream<'s, Rpc<StreamAppendResult<TypeConfig>>>>>
     where
         S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Unpin + 'static,
     {
         Box::pin(async move {
+            // openraft waits between tries inside its request stream: who fails without taking from
+            // it is called again at once, for ever.
+            let Some(first) = input.next().await else {
+                return Ok(futures_util::stream::empty().boxed_local());
+            };
+            let input = futures_util::stream::iter([first]).chain(input.fuse());
             let connection = self.links.connection(self.node, self.lane);
             let connection = connection.map_err(|error| unreachable(&error))?;
             let stream = OpenStream::start(self, connection, input);
