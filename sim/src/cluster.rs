@@ -17,7 +17,7 @@ use crate::machine::{Crash, MachineOptions};
 use crate::nemesis::{Nemesis, start_if_down};
 use crate::oracle::{Oracle, Violation};
 use crate::plan::Plan;
-use crate::system::System;
+use crate::system::{ReplicaView, System};
 use crate::world::{World, run};
 
 /// First machine number of hosts.
@@ -158,6 +158,8 @@ impl<S: System> Cluster<S> {
         ));
         let raging = nemesis.clone();
         tokio::task::spawn_local(async move { raging.rage().await });
+        let supervising = nemesis.clone();
+        tokio::task::spawn_local(async move { supervising.supervise().await });
         self.safety(&nemesis).await?;
         nemesis.mend();
         self.liveness().await?;
@@ -263,32 +265,40 @@ impl<S: System> Cluster<S> {
         self.read_back("read with all nodes back").await
     }
 
+    /// Replicas at one log position have one content.
     async fn compare(&self) -> Result<(), Failure> {
-        let views = || self.nodes.iter().map(|id| (*id, self.system.replicas(*id)));
-        let level = || {
-            let mut all: Vec<(usize, u64)> = Vec::new();
-            views().for_each(|(_, replicas)| {
-                all.extend(replicas.iter().map(|r| (r.volume, r.applied)))
-            });
-            self.system.volumes().iter().enumerate().all(|(volume, _)| {
-                let mut positions = all.iter().filter(|(of, _)| *of == volume).map(|(_, at)| at);
-                let first = positions.next();
-                positions.all(|position| Some(position) == first)
-            })
-        };
-        self.until("all replicas apply the same entries", level).await?;
-        let mut seen: Vec<(NodeId, crate::system::ReplicaView)> = Vec::new();
-        for (node, replica) in views().flat_map(|(id, all)| all.into_iter().map(move |r| (id, r))) {
-            let twin = seen.iter().find(|(_, other)| other.volume == replica.volume);
-            if let Some((other, twin)) = twin
-                && twin.digest != replica.digest
-            {
+        let what = "all replicas apply the same entries";
+        let views = self.within(self.plan.liveness_ms, what, self.level_replicas()).await?;
+        for (node, replica) in &views {
+            let twin = views.iter().find(|(_, other)| other.volume == replica.volume);
+            let (other, twin) = twin.expect("it is among them itself");
+            if twin.digest != replica.digest {
                 let (volume, applied) = (replica.volume, replica.applied);
-                return Err(Failure::Diverged { volume, applied, a: *other, b: node });
+                return Err(Failure::Diverged { volume, applied, a: *other, b: *node });
             }
-            seen.push((node, replica));
         }
         Ok(())
+    }
+
+    /// The replicas of all volumes on all nodes, once those of a volume stand at one position.
+    async fn level_replicas(&self) -> Vec<(NodeId, ReplicaView)> {
+        loop {
+            let mut views = Vec::new();
+            for id in &self.nodes {
+                let replicas = self.system.replicas(&self.world, *id).await;
+                views.extend(replicas.into_iter().map(|replica| (*id, replica)));
+            }
+            let is_level = |volume: usize| {
+                let of_volume = views.iter().filter(|(_, replica)| replica.volume == volume);
+                let positions: Vec<u64> = of_volume.map(|(_, replica)| replica.applied).collect();
+                positions.len() == self.nodes.len()
+                    && positions.iter().all(|position| *position == positions[0])
+            };
+            if (0..self.system.volumes().len()).all(is_level) {
+                return views;
+            }
+            self.world.sleep_ms(100).await;
+        }
     }
 
     async fn until(&self, what: &str, done: impl Fn() -> bool) -> Result<(), Failure> {

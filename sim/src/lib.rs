@@ -4,6 +4,7 @@
 //! `node` and below as it is, through [`env::SimEnv`]; never patches it and never looks at its
 //! private state where its bytes on a wire or a disk can be looked at instead.
 
+pub mod ballast;
 pub mod cluster;
 pub mod env;
 pub mod host;

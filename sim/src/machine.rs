@@ -53,6 +53,7 @@ struct Inner {
     entropy: Rng,
     powered: Cell<bool>,
     starts: Cell<u64>,
+    exited: Cell<bool>,
     process: RefCell<Option<Rc<Process>>>,
 }
 
@@ -100,6 +101,7 @@ impl Machine {
             entropy,
             powered: Cell::new(true),
             starts: Cell::new(0),
+            exited: Cell::new(false),
             process: RefCell::new(None),
         }))
     }
@@ -137,6 +139,11 @@ impl Machine {
         self.0.process.borrow().as_ref().is_some_and(|process| process.is_alive())
     }
 
+    /// Whether its last process ended by itself, and none was started since.
+    pub fn has_exited(&self) -> bool {
+        self.0.exited.get() && !self.is_running()
+    }
+
     /// How often a process was started on it.
     pub fn starts(&self) -> u64 {
         self.0.starts.get()
@@ -148,6 +155,7 @@ impl Machine {
         assert!(!self.is_running(), "{} runs already", self.0.id);
         let number = self.0.starts.get() + 1;
         self.0.starts.set(number);
+        self.0.exited.set(false);
         self.0.powered.set(true);
         self.0.world.note(format!("{} start {number}", self.0.id));
         let process = Rc::new(Process {
@@ -172,11 +180,26 @@ impl Machine {
             main.await;
             exiting.doom.set(Some((0, Crash::Kill)));
             exiting.count_effect();
+            machine.0.exited.set(true);
             machine.0.world.note(format!("{} exit", machine.0.id));
         });
         process.tasks.replace(Some(tasks));
         *self.0.process.borrow_mut() = Some(process.clone());
         tokio::task::spawn_local(Runner { machine: self.clone(), process });
+    }
+
+    /// Runs `future` as a task of the process, as an administrator's call would; it is dropped when
+    /// nothing runs, and dies with the process.
+    pub fn inject(&self, future: impl Future<Output = ()> + 'static) {
+        let process = self.0.process.borrow().clone();
+        if let Some(process) = process {
+            if let Some(tasks) = process.tasks.borrow().as_ref() {
+                tasks.spawn_local(future);
+            }
+            if let Some(waker) = process.waker.borrow().as_ref() {
+                waker.wake_by_ref();
+            }
+        }
     }
 
     /// Ends the process now, wherever its tasks are. Does nothing when none runs.

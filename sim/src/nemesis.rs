@@ -180,6 +180,18 @@ impl<S: System> Nemesis<S> {
         }
     }
 
+    /// Restarts what ended by itself, as a supervisor does, for as long as the run lasts.
+    pub async fn supervise(&self) {
+        loop {
+            self.world.sleep_ms(500).await;
+            for node in &self.nodes {
+                if self.world.machine(*node).is_some_and(|machine| machine.has_exited()) {
+                    start_if_down(&self.system, &self.world, *node);
+                }
+            }
+        }
+    }
+
     /// Another machine than `node`: a node or a host.
     fn other(&self, node: NodeId) -> NodeId {
         let others: Vec<NodeId> =

@@ -30,8 +30,8 @@ pub trait System: Clone + 'static {
     /// The file that may rot, if rot is to be survived.
     fn pool(&self) -> Option<PathBuf>;
 
-    /// What every running node has applied, for comparing replicas.
-    fn replicas(&self, node: NodeId) -> Vec<ReplicaView>;
+    /// What the node has applied, for comparing replicas; nothing of those that can't be read now.
+    fn replicas(&self, world: &World, node: NodeId) -> impl Future<Output = Vec<ReplicaView>>;
 
     /// Whether a new attachment fences the writes of the one before.
     fn fences(&self) -> bool;

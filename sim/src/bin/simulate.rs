@@ -7,7 +7,8 @@ use std::io::Read;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use ballast_sim::cluster::simulate;
+use ballast_sim::ballast::{Ballast, Sizes};
+use ballast_sim::cluster::{Report, simulate};
 use ballast_sim::plan::Plan;
 use ballast_sim::system::System;
 use ballast_sim::toy::{Planted, Toy};
@@ -34,6 +35,9 @@ struct Options {
     /// Print every event of --seed to standard error.
     #[arg(long)]
     verbose: bool,
+    /// Print the program's own log of --seed to standard error; a filter as `ballast_node=debug`.
+    #[arg(long)]
+    log: Option<String>,
     #[command(flatten)]
     run: RunOptions,
 }
@@ -44,7 +48,7 @@ struct RunOptions {
     #[arg(long)]
     steps: Option<u64>,
     /// What runs on the nodes.
-    #[arg(long, value_enum, default_value = "toy")]
+    #[arg(long, value_enum, default_value = "node")]
     system: SystemName,
     /// A bug to plant, which the seeds must find.
     #[arg(long, value_enum)]
@@ -56,6 +60,8 @@ struct RunOptions {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum SystemName {
+    /// The product.
+    Node,
     /// The small replicated store that the simulator is proved with.
     Toy,
 }
@@ -110,16 +116,20 @@ fn main() -> ExitCode {
 }
 
 fn one(seed: u64, options: &Options) -> ExitCode {
+    if let Some(filter) = &options.log {
+        let log = tracing_subscriber::fmt().with_env_filter(filter).without_time().with_ansi(false);
+        log.with_writer(std::io::stderr).init();
+    }
     let limit = Duration::from_secs(options.run.limit);
     std::thread::spawn(move || {
         std::thread::sleep(limit);
         println!("seed {seed} FAILED hung for {limit:?} of real time");
         std::process::exit(3);
     });
-    let SystemName::Toy = options.run.system;
-    let toy = Toy::new(options.run.planted());
-    let plan = Plan::of(seed, options.run.steps, toy.request_blocks_max());
-    let report = simulate(toy, seed, plan, options.verbose);
+    let report = match options.run.system {
+        SystemName::Node => report(Ballast::new(seed, Sizes::default()), seed, options),
+        SystemName::Toy => report(Toy::new(options.run.planted()), seed, options),
+    };
     println!("{report}");
     let Some(failure) = &report.failure else { return ExitCode::SUCCESS };
     for line in &report.tail {
@@ -128,6 +138,11 @@ fn one(seed: u64, options: &Options) -> ExitCode {
     println!("seed {seed}: {failure}");
     println!("replay: simulate --seed {seed} {}", options.run.arguments().join(" "));
     ExitCode::FAILURE
+}
+
+fn report(system: impl System, seed: u64, options: &Options) -> Report {
+    let plan = Plan::of(seed, options.run.steps, system.request_blocks_max());
+    simulate(system, seed, plan, options.verbose)
 }
 
 fn many(options: &Options) -> ExitCode {

@@ -221,7 +221,7 @@ impl System for Toy {
         None
     }
 
-    fn replicas(&self, node: NodeId) -> Vec<ReplicaView> {
+    async fn replicas(&self, _world: &World, node: NodeId) -> Vec<ReplicaView> {
         let (applied, digest) = self.handle(node).applied();
         vec![ReplicaView { volume: 0, applied, digest }]
     }

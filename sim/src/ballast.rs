@@ -1,0 +1,245 @@
+//! Ballast itself as the simulated [`System`]: the production node on every machine.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use ballast_block::checksum::crc32;
+use ballast_block::geometry::BLOCK_SIZE_U64;
+use ballast_block::{BlockRange, ClusterId, NodeId};
+use ballast_env::clock::Clock;
+use ballast_env::network::Address;
+use ballast_node::config::{Founder, NodeConfig};
+use ballast_node::node::{self, Node};
+use ballast_raft_store::replica::ReadContent;
+use ballast_volume::family::Family;
+use ballast_volume::state::ROOT_BRANCH;
+
+use crate::env::SimEnv;
+use crate::machine::ip_of;
+use crate::system::{ReplicaView, System, VolumeView};
+use crate::world::World;
+
+const POOL: &str = "/pool";
+const NBD_PORT: u16 = 10809;
+const PEER_PORT: u16 = 7700;
+
+/// How long a node that can't start waits before it tries again, as its supervisor would.
+const RESTART_PAUSE: Duration = Duration::from_secs(1);
+
+/// Sizes of a simulated cluster.
+#[derive(Clone, Copy, Debug)]
+pub struct Sizes {
+    /// Storage nodes.
+    pub nodes: u32,
+    /// Bytes of each pool.
+    pub pool_bytes: u64,
+    /// Volumes.
+    pub volumes: usize,
+    /// Blocks of each volume.
+    pub volume_blocks: u64,
+}
+
+impl Default for Sizes {
+    fn default() -> Self {
+        Self { nodes: 3, pool_bytes: 1 << 30, volumes: 1, volume_blocks: 1024 }
+    }
+}
+
+/// The product.
+#[derive(Clone)]
+pub struct Ballast(Rc<Inner>);
+
+struct Inner {
+    sizes: Sizes,
+    cluster: ClusterId,
+    running: RefCell<BTreeMap<NodeId, Node<SimEnv>>>,
+    formatted: RefCell<BTreeMap<NodeId, ()>>,
+}
+
+impl Ballast {
+    /// A cluster that does not exist yet.
+    pub fn new(seed: u64, sizes: Sizes) -> Self {
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&seed.to_le_bytes());
+        Self(Rc::new(Inner {
+            sizes,
+            cluster: ClusterId::from_random(id),
+            running: RefCell::default(),
+            formatted: RefCell::default(),
+        }))
+    }
+
+    fn nodes(&self) -> impl Iterator<Item = NodeId> + use<> {
+        (1..=self.0.sizes.nodes).map(NodeId)
+    }
+
+    fn config(&self, id: NodeId) -> NodeConfig {
+        let founder = |node: NodeId| Founder {
+            node,
+            name: format!("n{}", node.0),
+            peer_address: Address::Tcp(SocketAddr::new(ip_of(node), PEER_PORT)),
+        };
+        let founders = self.nodes().map(founder).collect();
+        let mut config = NodeConfig::new(self.0.cluster, id, PathBuf::from(POOL), founders);
+        config.nbd_listen = vec![self.nbd_address(id)];
+        config
+    }
+
+    /// The node that runs on machine `id` now, if it got that far.
+    pub fn running(&self, id: NodeId) -> Option<Node<SimEnv>> {
+        self.0.running.borrow().get(&id).cloned()
+    }
+
+    /// Formats the pool at the machine's first start only: it is an act of an administrator.
+    async fn format(&self, env: &SimEnv) {
+        let id = env.node();
+        if self.0.formatted.borrow().contains_key(&id) {
+            return;
+        }
+        let made = node::format(env, &self.config(id), Some(self.0.sizes.pool_bytes), false).await;
+        made.expect("an empty machine can be formatted");
+        self.0.formatted.borrow_mut().insert(id, ());
+    }
+}
+
+fn volume_name(index: usize) -> String {
+    format!("vol-{index}")
+}
+
+impl System for Ballast {
+    async fn node(&self, env: SimEnv) {
+        self.format(&env).await;
+        let id = env.node();
+        let node = match Node::start(env.clone(), self.config(id)).await {
+            Ok(node) => node,
+            Err(error) => {
+                env.world().note(format!("{id} can't start: {error}"));
+                env.sleep(RESTART_PAUSE).await;
+                return;
+            }
+        };
+        env.world().note(format!("{id} started"));
+        self.0.running.borrow_mut().insert(id, node.clone());
+        let mut failure = node.failure();
+        let failed = failure.wait_for(Option::is_some).await.map(|failure| format!("{failure:?}"));
+        env.world().note(format!("{id} ends: {failed:?}"));
+        env.sleep(RESTART_PAUSE).await;
+    }
+
+    async fn prepare(&self, world: &World) {
+        let first = NodeId(1);
+        loop {
+            match self.running(first) {
+                Some(node) if node.is_ready() => break,
+                _ => world.sleep_ms(20).await,
+            }
+        }
+        let done = Rc::new(Cell::new(0));
+        let (created, this) = (done.clone(), self.clone());
+        world.machine(first).expect("a node").inject(async move {
+            let sizes = this.0.sizes;
+            for index in 0..sizes.volumes {
+                let node = this.running(first).expect("it was ready");
+                let bytes = sizes.volume_blocks * BLOCK_SIZE_U64;
+                let made = node.create_volume(&volume_name(index), bytes, 3).await;
+                made.expect("a volume can be created while all is well");
+                created.set(created.get() + 1);
+            }
+        });
+        while done.get() < self.0.sizes.volumes {
+            world.sleep_ms(20).await;
+        }
+    }
+
+    fn volumes(&self) -> Vec<VolumeView> {
+        let blocks = self.0.sizes.volume_blocks;
+        (0..self.0.sizes.volumes)
+            .map(|index| VolumeView { name: volume_name(index), blocks })
+            .collect()
+    }
+
+    fn nbd_address(&self, node: NodeId) -> Address {
+        Address::Tcp(SocketAddr::new(ip_of(node), NBD_PORT))
+    }
+
+    fn request_blocks_max(&self) -> u64 {
+        64
+    }
+
+    fn pool(&self) -> Option<PathBuf> {
+        Some(Path::new(POOL).to_owned())
+    }
+
+    async fn replicas(&self, world: &World, id: NodeId) -> Vec<ReplicaView> {
+        let Some(machine) = world.machine(id).filter(|machine| machine.is_running()) else {
+            return Vec::new();
+        };
+        let found = Rc::new(RefCell::new(None));
+        let (answer, this) = (found.clone(), self.clone());
+        machine.inject(async move {
+            let mut views = Vec::new();
+            for volume in 0..this.0.sizes.volumes {
+                views.extend(this.replica(id, volume).await);
+            }
+            answer.replace(Some(views));
+        });
+        // A node that dies meanwhile never answers.
+        for _ in 0..1_000 {
+            if let Some(views) = found.take() {
+                return views;
+            }
+            world.sleep_ms(10).await;
+        }
+        Vec::new()
+    }
+
+    fn fences(&self) -> bool {
+        true
+    }
+}
+
+impl Ballast {
+    async fn replica(&self, id: NodeId, volume: usize) -> Option<ReplicaView> {
+        let node = self.running(id)?;
+        let family = {
+            let state = node.cluster_state();
+            state.volume_by_name(&volume_name(volume))?.family
+        };
+        let family = node.family(family)?;
+        let applied = family.group().applied_id()?.1;
+        let digest = digest(&family, self.0.sizes.volume_blocks).await?;
+        // What was applied while the blocks were read would make the digest one of no position.
+        (family.group().applied_id()?.1 == applied).then_some(ReplicaView {
+            volume,
+            applied,
+            digest,
+        })
+    }
+}
+
+/// A digest of all blocks; `None` when some can't be read here now.
+async fn digest(family: &Family<SimEnv>, blocks: u64) -> Option<u64> {
+    const STEP: u32 = 64;
+    let mut digest = 0_u64;
+    let mut start = 0;
+    while start < blocks {
+        let range = BlockRange::new(start, STEP.min((blocks - start) as u32));
+        let parts = family.group().replica().read(ROOT_BRANCH, range).await.ok()?;
+        let mut bytes = Vec::with_capacity(range.bytes() as usize);
+        for part in parts {
+            match part.content {
+                ReadContent::Data(data) => bytes.extend_from_slice(&data),
+                ReadContent::Hole => {
+                    bytes.resize(bytes.len() + part.count as usize * BLOCK_SIZE_U64 as usize, 0);
+                }
+            }
+        }
+        digest = (digest.rotate_left(5) ^ u64::from(crc32(&bytes))).wrapping_mul(0x0100_0000_01b3);
+        start = range.end();
+    }
+    Some(digest)
+}
