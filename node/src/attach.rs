@@ -11,6 +11,7 @@ use ballast_block::{AttachmentId, FamilyId, NodeId, ReplicaId};
 use ballast_env::Env;
 use ballast_volume::command::{self, FamilyCommand, Writer};
 use ballast_volume::family::{ExecuteError, Family};
+use ballast_volume::group::Group;
 use openraft::async_runtime::WatchReceiver;
 
 use crate::calls::{AttachReplyV1, AttachV1, AttachmentV1, FlagV1, Tag, decode};
@@ -129,22 +130,22 @@ pub(crate) async fn detach_here<E: Env>(
 /// Hands the lead to the node that serves the writer, if it has a replica in sync. Best effort.
 async fn follow<E: Env>(inner: &Inner<E>, family: &Family<E>, node: NodeId) {
     if inner.config.leader_follows_writer && node != inner.config.node {
-        let _ = hand_over(family, node).await;
+        let _ = hand_over(family.group(), node).await;
     }
 }
 
-async fn hand_over<E: Env>(family: &Family<E>, node: NodeId) -> Result<(), String> {
-    let (target, lag) = in_sync_on(family, node)?;
+async fn hand_over<E: Env>(group: &Group<E>, node: NodeId) -> Result<(), String> {
+    let (target, lag) = in_sync_on(group, node)?;
     if lag > IN_SYNC_ENTRIES {
         return Err(format!(
             "the replica on {node} is {lag} entries behind; wait until it is in sync"
         ));
     }
-    family.group().transfer(target).await.map_err(|error| error.to_string())
+    group.transfer(target).await.map_err(|error| error.to_string())
 }
 
-fn in_sync_on<E: Env>(family: &Family<E>, node: NodeId) -> Result<(ReplicaId, u64), String> {
-    let metrics = family.group().raft().metrics();
+fn in_sync_on<E: Env>(group: &Group<E>, node: NodeId) -> Result<(ReplicaId, u64), String> {
+    let metrics = group.raft().metrics();
     let metrics = metrics.borrow_watched();
     let membership = metrics.membership_config.membership();
     let (&target, _) = membership
@@ -157,7 +158,7 @@ fn in_sync_on<E: Env>(family: &Family<E>, node: NodeId) -> Result<(ReplicaId, u6
     Ok((ReplicaId(target), last.saturating_sub(matched)))
 }
 
-/// Hands the lead of a family to `node`, if this node leads it now.
+/// Hands the lead of a group to `node`, if this node leads it now.
 pub(crate) async fn move_leader_here<E: Env>(
     inner: &Inner<E>,
     family: FamilyId,
@@ -168,16 +169,21 @@ pub(crate) async fn move_leader_here<E: Env>(
         node: node.map_or(0, |node| node.0),
         reason,
     };
-    let Ok(family) = family_here(inner, family) else {
-        return moved(STOPPED, None, String::new());
+    let group = if family == FamilyId::CLUSTER {
+        inner.cluster.group().clone()
+    } else {
+        match family_here(inner, family) {
+            Ok(family) => family.group().clone(),
+            Err(_) => return moved(STOPPED, None, String::new()),
+        }
     };
-    if family.group().leading_term().is_none() {
-        return moved(NOT_LEADER, family.group().leader_node(), String::new());
+    if group.leading_term().is_none() {
+        return moved(NOT_LEADER, group.leader_node(), String::new());
     }
     if node == inner.config.node {
         return moved(DONE, Some(node), String::new());
     }
-    match hand_over(&family, node).await {
+    match hand_over(&group, node).await {
         Ok(()) => moved(DONE, Some(node), String::new()),
         Err(reason) => moved(HELD, None, reason),
     }

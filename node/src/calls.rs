@@ -45,6 +45,8 @@ pub enum Tag {
     Room = 15,
     /// Sleep with this group, which is idle and in sync.
     Sleep = 16,
+    /// The payload of one log entry, for a repair.
+    Entry = 17,
 }
 
 impl Tag {
@@ -68,6 +70,7 @@ impl Tag {
             MoveLeader,
             Room,
             Sleep,
+            Entry,
         ]
         .into_iter()
         .find(|&tag| tag as u8 == byte)
@@ -436,4 +439,15 @@ pub struct SleepV1 {
     /// The last index that every member has.
     #[prost(uint64, tag = "2")]
     pub last: u64,
+}
+
+/// Names a log entry.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct EntryV1 {
+    /// Its term.
+    #[prost(uint64, tag = "1")]
+    pub term: u64,
+    /// Its index.
+    #[prost(uint64, tag = "2")]
+    pub index: u64,
 }

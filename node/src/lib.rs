@@ -14,6 +14,7 @@ pub mod client;
 pub mod cluster_group;
 pub mod config;
 pub mod families;
+mod mend;
 pub mod metrics;
 pub mod nbd_target;
 pub mod node;

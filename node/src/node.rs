@@ -28,7 +28,7 @@ use crate::config::{Founder, NodeConfig};
 use crate::peers::links::{Identity, Links};
 use crate::peers::raft_net::{RaftNet, Transfers};
 use crate::room::RoomTable;
-use crate::{nbd_target, quiesce, reconcile, room, server};
+use crate::{mend, nbd_target, quiesce, reconcile, room, server};
 
 /// How often logs are checked against their retention bound.
 const RETENTION_INTERVAL: Duration = Duration::from_secs(1);
@@ -245,6 +245,7 @@ impl<E: Env> Node<E> {
         self.keep(room::tell(weak()));
         self.keep(keep_retention(weak()));
         self.keep(quiesce::run(weak()));
+        self.keep(mend::run(weak()));
     }
 
     fn keep(&self, future: impl Future<Output = ()> + 'static) {

@@ -26,7 +26,7 @@ use crate::peers::connection::PeerError;
 use crate::peers::links::{Handler, Identity};
 use crate::peers::raft_codec as codec;
 use crate::peers::wire::Frame;
-use crate::{attach, operate, quiesce, report, resync};
+use crate::{attach, mend, operate, quiesce, report, resync};
 
 type Answer = Result<(Bytes, Vec<Bytes>), PeerError>;
 
@@ -226,6 +226,11 @@ async fn dispatch<E: Env>(inner: Rc<Inner<E>>, peer: Identity, frame: Frame) -> 
         Tag::Sleep => {
             let ask: SleepV1 = decode(body)?;
             message(&FlagV1 { flag: group_of(&inner, &frame)?.sleep_under(ask.term, ask.last) })
+        }
+        Tag::Entry => {
+            let group = group_of(&inner, &frame)?;
+            let payload = mend::entry_payload(&group, decode(body)?).await;
+            Ok((Bytes::new(), payload.into_iter().collect()))
         }
         Tag::Room => {
             let word: FlagV1 = decode(body)?;

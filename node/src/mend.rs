@@ -1,0 +1,120 @@
+//! Mends what recovery or a read found damaged on this node's pool, from the peers.
+//!
+//! Retained log entries whose payload is damaged get it back by log id (hazard 20). A suspect
+//! replica asks its leader to hand over, because only a leader of a newer term may bring it up
+//! (hazard F6). What can't be mended yet is tried again in the next round.
+
+use std::rc::{Rc, Weak};
+use std::time::Duration;
+
+use ballast_block::{FamilyId, NodeId, ReplicaId};
+use ballast_env::Env;
+use ballast_raft_store::entry::{Body, WriteData};
+use ballast_raft_store::replica::Health;
+use ballast_raft_store::types::{EntryPayload, LogId, log_id, term_of};
+use ballast_volume::group::Group;
+use bytes::Bytes;
+use openraft::async_runtime::WatchReceiver;
+use openraft::storage::RaftLogReader;
+
+use crate::calls::{EntryV1, MoveLeaderV1, Tag};
+use crate::node::Inner;
+use crate::peers::links::Lane;
+use crate::peers::wire::{Frame, Kind};
+
+const ROUND: Duration = Duration::from_secs(2);
+const FETCH_MAX: Duration = Duration::from_secs(5);
+
+/// Entries fetched in one round of one replica: bounds what a badly damaged log asks of its peers.
+const ENTRIES_PER_ROUND: usize = 64;
+
+pub(crate) async fn run<E: Env>(node: Weak<Inner<E>>) {
+    loop {
+        let Some(inner) = node.upgrade() else { return };
+        let env = inner.env.clone();
+        let mut groups = vec![inner.cluster.group().clone()];
+        groups.extend(inner.families.borrow().values().map(|family| family.group().clone()));
+        for group in groups {
+            mend_entries(&inner, &group).await;
+            ask_for_newer_term(&inner, &group).await;
+        }
+        drop(inner);
+        env.sleep(ROUND).await;
+    }
+}
+
+fn others<E: Env>(inner: &Inner<E>, group: &Group<E>) -> Vec<(NodeId, ReplicaId)> {
+    let metrics = group.raft().server_metrics();
+    let metrics = metrics.borrow_watched();
+    let nodes = metrics.membership_config.membership().nodes();
+    let own = inner.config.node;
+    let others = nodes.filter(|(_, member)| member.node != own);
+    others.map(|(&id, member)| (member.node, ReplicaId(id))).collect()
+}
+
+async fn mend_entries<E: Env>(inner: &Rc<Inner<E>>, group: &Group<E>) {
+    let replica = group.replica();
+    for id in replica.damaged_entries().into_iter().take(ENTRIES_PER_ROUND) {
+        let Some(payload) = fetch(inner, group, id).await else { continue };
+        match replica.repair_entry(id, payload).await {
+            Ok(()) => tracing::warn!(replica = %replica.id(), %id, "damaged log entry repaired"),
+            Err(error) => {
+                tracing::error!(replica = %replica.id(), %id, %error, "log entry not repaired");
+            }
+        }
+    }
+}
+
+async fn fetch<E: Env>(inner: &Inner<E>, group: &Group<E>, id: LogId) -> Option<Bytes> {
+    let ask = EntryV1 { term: term_of(&id), index: id.index };
+    for (node, to) in others(inner, group) {
+        let plain = Frame::plain(Kind::Call, 0, Tag::Entry.message(&ask));
+        let replica = group.replica();
+        let frame = Frame { family: replica.family(), from: replica.id(), to, ..plain };
+        match inner.links.call(node, Lane::Data, frame, FETCH_MAX).await {
+            Ok(reply) if !reply.payload.is_empty() => return reply.payload.into_iter().next(),
+            Ok(_) => {}
+            Err(error) => tracing::debug!(%node, %error, "no copy of a damaged log entry"),
+        }
+    }
+    None
+}
+
+/// The payload of exactly that entry, if this replica has it and it is a write.
+pub(crate) async fn entry_payload<E: Env>(group: &Group<E>, ask: EntryV1) -> Option<Bytes> {
+    let mut log = group.replica().log();
+    let found = log.limited_get_log_entries(ask.index, ask.index + 1).await.ok()?;
+    let entry = found.into_iter().find(|entry| entry.log_id == log_id(ask.term, ask.index))?;
+    match entry.payload {
+        EntryPayload::Normal(command) => match command.body {
+            Body::Write { data: WriteData::Memory(payload), .. } => Some(payload),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+async fn ask_for_newer_term<E: Env>(inner: &Rc<Inner<E>>, group: &Group<E>) {
+    let replica = group.replica();
+    let Health::Suspect { vote_lost, term } = replica.health() else { return };
+    if vote_lost {
+        tracing::error!(replica = %replica.id(),
+            "vote may be lost: this replica takes no part any more; replace it");
+        return;
+    }
+    let others = others(inner, group);
+    for &(leader, _) in &others {
+        let Some(&(heir, _)) = others.iter().find(|&&(node, _)| node != leader) else { return };
+        tracing::warn!(replica = %replica.id(), term, %heir, "suspect: asks for a newer leader");
+        ask_to_hand_over(inner, replica.family(), leader, heir).await;
+    }
+}
+
+async fn ask_to_hand_over<E: Env>(inner: &Inner<E>, family: FamilyId, to: NodeId, heir: NodeId) {
+    let ask = MoveLeaderV1 { node: heir.0 };
+    let plain = Frame::plain(Kind::Call, 0, Tag::MoveLeader.message(&ask));
+    let frame = Frame { family, ..plain };
+    if let Err(error) = inner.links.call(to, Lane::Control, frame, FETCH_MAX).await {
+        tracing::debug!(%to, %error, "not asked to hand over");
+    }
+}
