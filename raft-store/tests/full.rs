@@ -1,0 +1,141 @@
+//! A full pool: guarantee **nothing-lost-when-full**, and what the keeper frees by itself.
+
+mod store;
+mod support;
+
+use ballast_block::{BLOCK_SIZE, ReplicaId};
+use ballast_env::clock::Clock;
+use ballast_raft_store::entry::{Body, Command, Origin};
+use ballast_raft_store::pool::Pool;
+use ballast_raft_store::types::{EntryPayload, Vote};
+use openraft::storage::{RaftLogReader, RaftLogStorage};
+use store::{Machine, append, blocks, entry, read, write};
+use support::pool::path;
+use support::{MemoryEnv, run};
+
+/// Blocks of one write here.
+const BLOCKS: u32 = 64;
+
+async fn fresh() -> (MemoryEnv, Pool<MemoryEnv>, Machine<MemoryEnv>) {
+    let env = MemoryEnv::default();
+    store::format(&env, &path()).await;
+    let (pool, _) = store::open(&env, &path()).await.unwrap();
+    let replica = pool.create_replica(store::descriptor(1)).await.unwrap();
+    (env, pool.clone(), Machine::new(pool, replica))
+}
+
+/// Appends, applies and purges as the layers above do.
+async fn put(machine: &Machine<MemoryEnv>, pool: &Pool<MemoryEnv>, index: u64, slot: u64) {
+    let entry = write(index, slot * u64::from(BLOCKS), blocks(BLOCKS, index));
+    append(&machine.replica, vec![entry]).await.unwrap();
+    step(machine, pool).await;
+}
+
+async fn step(machine: &Machine<MemoryEnv>, pool: &Pool<MemoryEnv>) {
+    let from = machine.replica.applied().map_or(0, |id| id.index + 1);
+    for entry in machine.replica.log().try_get_log_entries(from..).await.unwrap() {
+        machine.apply_one(entry);
+    }
+    if let Some(target) = machine.replica.purge_target(2 << 20) {
+        pool.checkpoint().await.unwrap();
+        machine.replica.log().purge(target).await.unwrap();
+    }
+}
+
+#[test]
+fn overwriting_for_ever_never_fills_a_pool() {
+    run(async {
+        let (env, pool, machine) = fresh().await;
+        // A quarter of the pool, overwritten many times in an order that leaves holes everywhere.
+        let slots = pool.space().total / 4 / u64::from(BLOCKS) / BLOCK_SIZE as u64;
+        let mut newest = vec![None; slots as usize];
+        for index in 0..slots * 16 {
+            let slot = support::splitmix(index).1 % slots;
+            put(&machine, &pool, index, slot).await;
+            newest[slot as usize] = Some(index);
+        }
+        let stats = pool.stats();
+        assert!(stats.log_bytes_written > 3 * stats.space.total, "{stats:?}");
+        assert!(stats.cleaner_segments > 0, "{stats:?}");
+        pool.quiesce_maps().await.unwrap();
+        let live = newest.iter().flatten().count() as u64 * u64::from(BLOCKS) * BLOCK_SIZE as u64;
+        // Map pages are the rest.
+        assert!((live..live + (1 << 20)).contains(&pool.space().live), "{:?}", pool.space());
+        for (slot, index) in newest.iter().enumerate() {
+            let found = read(&machine.replica, slot as u64 * u64::from(BLOCKS), BLOCKS).await;
+            match index {
+                Some(index) => assert_eq!(found.unwrap(), blocks(BLOCKS, *index)),
+                None => assert!(found.unwrap().iter().all(|&byte| byte == 0)),
+            }
+        }
+        drop(env);
+    });
+}
+
+#[test]
+fn what_was_proposed_is_never_refused() {
+    run(async {
+        let (env, pool, machine) = fresh().await;
+        let mut index = 0;
+        while pool.space().credit() > 0 {
+            put(&machine, &pool, index, index).await;
+            index += 1;
+        }
+        // The credit is used up. What others had been granted meanwhile still comes, and waits.
+        for _ in 0..100 {
+            let entry = write(index, index * u64::from(BLOCKS), blocks(BLOCKS, index));
+            let waiting = append(&machine.replica, vec![entry]);
+            let outcome = tokio::select! {
+                biased;
+                outcome = waiting => Some(outcome),
+                () = env.sleep(std::time::Duration::from_secs(5)) => None,
+            };
+            let Some(outcome) = outcome else { break };
+            outcome.unwrap();
+            step(&machine, &pool).await;
+            index += 1;
+            assert!(index < 10_000);
+        }
+        let written = index;
+        assert!(pool.failure().borrow().is_none());
+        // Votes, a checkpoint and a trim get through; then there is room again.
+        machine.replica.log().save_vote(&Vote::new(9, 1)).await.unwrap();
+        pool.checkpoint().await.unwrap();
+        let count = written * u64::from(BLOCKS) / 2;
+        let body = Body::Trim { start: 0, count };
+        let trim = EntryPayload::Normal(Command { origin: Origin::default(), body });
+        append(&machine.replica, vec![entry(index, trim)]).await.unwrap();
+        index += 1;
+        step(&machine, &pool).await;
+        while pool.space().credit() == 0 {
+            env.sleep(std::time::Duration::from_millis(100)).await;
+        }
+        for _ in 0..10 {
+            put(&machine, &pool, index, 0).await;
+            index += 1;
+        }
+        for slot in written / 2 + 1..written {
+            let found = read(&machine.replica, slot * u64::from(BLOCKS), BLOCKS).await.unwrap();
+            assert_eq!(found, blocks(BLOCKS, slot));
+        }
+    });
+}
+
+#[test]
+fn dropping_a_replica_frees_its_space() {
+    run(async {
+        let (env, pool, machine) = fresh().await;
+        for index in 0..40 {
+            put(&machine, &pool, index, index).await;
+        }
+        pool.quiesce_maps().await.unwrap();
+        assert!(pool.space().live > 40 * u64::from(BLOCKS) * BLOCK_SIZE as u64);
+        pool.drop_replica(ReplicaId(1)).await.unwrap();
+        // The keeper does it.
+        env.sleep(std::time::Duration::from_secs(2)).await;
+        assert!(pool.space().live < 1 << 20, "{:?}", pool.space());
+        pool.checkpoint().await.unwrap();
+        let (total, used) = (pool.space().total, pool.space().used);
+        assert!(used < total / 4, "{used} of {total}");
+    });
+}
