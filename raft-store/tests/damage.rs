@@ -10,7 +10,7 @@ use ballast_raft_store::format::batch::Batch;
 use ballast_raft_store::format::segment_header::SegmentHeader;
 use ballast_raft_store::format::superblock::Superblock;
 use ballast_raft_store::stream::{
-    Finding, OpenStoreError, Opened, PayloadState, StreamId, Suspicion, suspects,
+    Finding, OpenStoreError, Opened, PayloadState, ScanError, StreamId, Suspicion, suspects,
 };
 use bytes::Bytes;
 use support::pool::{append, format, ids, path, reopen};
@@ -364,5 +364,22 @@ fn a_damaged_checkpoint_is_refused() {
                 matches!(refused, OpenStoreError::CheckpointDamaged { checkpoint: 1, .. });
             assert!(as_expected, "{refused}");
         }
+    });
+}
+
+#[test]
+fn a_disk_that_reads_nothing_is_not_a_torn_tail() {
+    run(async {
+        let sample = sample(3).await;
+        let mut image = sample.image.clone();
+        let first = sample.batches[4].header;
+        for block in first..first + 400 {
+            image.make_unreadable(block);
+        }
+        let refused = open_image(&image).await.err().unwrap();
+        assert!(
+            matches!(refused, OpenStoreError::Stream(ScanError::Unreadable { .. })),
+            "{refused}"
+        );
     });
 }

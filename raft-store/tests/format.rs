@@ -7,7 +7,7 @@ use ballast_env::disk::{Disk, OpenMode};
 use ballast_raft_store::format::create::create;
 use ballast_raft_store::format::geometry::PoolGeometry;
 use ballast_raft_store::pool::{FormatPoolError, PoolExpectation};
-use ballast_raft_store::stream::{OpenStoreError, open};
+use ballast_raft_store::stream::{OpenStoreError, inspect, open};
 use support::crash::{IN_FLIGHT, Random, crash, env_of};
 use support::pool::{append, expectation, format, options, path, reopen};
 use support::{Image, MemoryEnv, run};
@@ -114,6 +114,24 @@ fn only_the_expected_pool_is_opened() {
         drop(opened);
         tokio::task::yield_now().await;
         assert!(env.open(&path(), OpenMode::Exclusive).await.is_ok());
+    });
+}
+
+#[test]
+fn an_inspection_changes_nothing() {
+    run(async {
+        let env = MemoryEnv::default();
+        format(&env, &path()).await;
+        let streams = reopen(&env, &path()).await.unwrap().streams;
+        let place = append(&streams, 1, 1, 3).place;
+        streams.flush().await.unwrap();
+        let writes = env.disk.borrow().writes.len();
+        // Beside the opener, too.
+        let inspected = inspect(&env, &path()).await.unwrap();
+        assert_eq!((inspected.info.boot_counter, inspected.checkpoint), (1, 0));
+        assert_eq!(inspected.replay.len(), 1);
+        assert!(inspected.segments.is_live(place));
+        assert_eq!(env.disk.borrow().writes.len(), writes);
     });
 }
 

@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 
 use ballast_block::geometry::BLOCK_SIZE_U64;
+use ballast_block::limits::TRANSFER_BLOCKS_MAX;
 
 use super::reserves::Reserves;
 use crate::format::segment_header::SegmentUse;
@@ -299,11 +300,13 @@ impl SegmentTable {
         }
     }
 
-    /// Bytes of records and payload that fit what a class may still allocate, in whole segments.
+    /// Bytes that a class may still append for sure, where each record counts its payload and one
+    /// block more: a segment's end may be left unused when the largest record does not fit it.
     pub fn free_bytes(&self, class: SpaceClass) -> u64 {
         let free = self.inner.borrow().free.len() as u32;
         let usable = free.saturating_sub(self.reserves.kept_from(class));
-        u64::from(usable) * (self.geometry.segment_bytes() - BLOCK_SIZE_U64)
+        let sure = self.geometry.segment_blocks - 1 - TRANSFER_BLOCKS_MAX as u32;
+        u64::from(usable) * u64::from(sure) * BLOCK_SIZE_U64
     }
 
     /// The emptiest segments of the hot and cold streams that may be cleaned: with something live,

@@ -13,7 +13,7 @@ mod verdict;
 mod votes;
 
 pub use commit::{CommitCheckpointError, Committed, FrozenSegments};
-pub use open::{OpenStoreError, Opened, PoolInfo, open};
+pub use open::{Inspected, OpenStoreError, Opened, PoolInfo, inspect, open};
 pub use queue::{DurableCallback, StreamStats};
 pub use record::{
     AppendError, Appended, PayloadState, PoolFailed, RecordHead, RecordKind, Replayed, SpaceClass,

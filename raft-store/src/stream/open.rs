@@ -151,35 +151,108 @@ pub async fn open<E: Env>(
     expect: PoolExpectation,
 ) -> Result<Opened<E>, OpenStoreError> {
     let file = env.open(path, OpenMode::Exclusive).await?;
-    let (copies, mut findings) = read_superblocks(&file).await?;
-    let newest = copies.iter().flatten().max_by_key(|copy| copy.generation);
-    let mut superblock = newest.expect("one at least").clone();
+    let (copies, findings) = read_superblocks(&file).await?;
+    let superblock = newest(&copies);
     check_expected(&superblock, &expect, file.size())?;
-    // A counter that never reached both copies may have been used for nothing.
-    superblock.boot_counter =
-        copies.iter().flatten().map(|copy| copy.boot_counter).max().expect("one at least") + 1;
-    let body = read_body(&file, &superblock).await?;
-    let table = SegmentTable::new(superblock.geometry, superblock.boot_counter);
-    let body = load_body(&table, &superblock, body)?;
-    let scanner = Scanner::new(&file, superblock.pool, superblock.geometry);
-    let mut scan = scanner.run(superblock.starts[0]).await?;
-    claim_walked(&table, &scan, superblock.starts[0].segment_sequence)?;
+    let recovered = recover(&file, superblock, findings).await?;
+    let Recovered { mut superblock, table, body, scan, replay, findings } = recovered;
     raise_boot_counter(&file, &mut superblock, &copies).await?;
     make_tail_durable(&file, &scan, superblock.geometry).await?;
-    findings.append(&mut scan.findings);
-    let replay = replay_of(&scan, &table);
-    let info = PoolInfo {
-        cluster: superblock.cluster,
-        pool: superblock.pool,
-        node: superblock.node,
-        boot_counter: superblock.boot_counter,
-        geometry: superblock.geometry,
-        features: superblock.features,
-    };
+    let info = PoolInfo::of(&superblock);
     let starts = queue_starts(&superblock, &scan);
     let bytes_read = scan.blocks_read * BLOCK_SIZE_U64;
     let streams = StreamSet::start(env, file, info, table, superblock, starts);
     Ok(Opened { streams, checkpoint_body: body, replay, findings, bytes_read })
+}
+
+/// What a pool holds, read without changing it.
+pub struct Inspected {
+    /// What it is; the boot counter is that of the last open.
+    pub info: PoolInfo,
+    /// Number of the last checkpoint; 0 = none yet.
+    pub checkpoint: u64,
+    /// Its body.
+    pub checkpoint_body: Option<Bytes>,
+    /// The segments, as the next open would find them.
+    pub segments: SegmentTable,
+    /// The records since the checkpoint.
+    pub replay: Vec<Replayed>,
+    /// What is not as it was written.
+    pub findings: Vec<Finding>,
+}
+
+/// Reads a pool for tools: any cluster's, any node's; not locked, nothing is written.
+///
+/// # Errors
+/// [`OpenStoreError`].
+pub async fn inspect<E: Env>(env: &E, path: &Path) -> Result<Inspected, OpenStoreError> {
+    let file = env.open(path, OpenMode::ReadOnly).await?;
+    let (copies, findings) = read_superblocks(&file).await?;
+    let superblock = newest(&copies);
+    check_usable(&superblock, file.size())?;
+    let recovered = recover(&file, superblock, findings).await?;
+    let Recovered { mut superblock, table, body, replay, findings, .. } = recovered;
+    superblock.boot_counter -= 1;
+    Ok(Inspected {
+        info: PoolInfo::of(&superblock),
+        checkpoint: superblock.checkpoint,
+        checkpoint_body: body,
+        segments: table,
+        replay,
+        findings,
+    })
+}
+
+impl PoolInfo {
+    fn of(superblock: &Superblock) -> Self {
+        Self {
+            cluster: superblock.cluster,
+            pool: superblock.pool,
+            node: superblock.node,
+            boot_counter: superblock.boot_counter,
+            geometry: superblock.geometry,
+            features: superblock.features,
+        }
+    }
+}
+
+/// The superblock that counts.
+fn newest(copies: &Copies) -> Superblock {
+    let one_at_least = "one copy at least was read";
+    let newest = copies.iter().flatten().max_by_key(|copy| copy.generation);
+    let mut superblock = newest.expect(one_at_least).clone();
+    // A counter that never reached both copies may have been used for nothing.
+    let boots = copies.iter().flatten().map(|copy| copy.boot_counter);
+    superblock.boot_counter = boots.max().expect(one_at_least);
+    superblock
+}
+
+/// All that can be learnt of a pool without writing to it; the superblock has the next boot
+/// counter.
+struct Recovered {
+    superblock: Superblock,
+    table: SegmentTable,
+    body: Option<Bytes>,
+    scan: Scan,
+    replay: Vec<Replayed>,
+    findings: Vec<Finding>,
+}
+
+async fn recover<F: File>(
+    file: &F,
+    mut superblock: Superblock,
+    mut findings: Vec<Finding>,
+) -> Result<Recovered, OpenStoreError> {
+    superblock.boot_counter += 1;
+    let body = read_body(file, &superblock).await?;
+    let table = SegmentTable::new(superblock.geometry, superblock.boot_counter);
+    let body = load_body(&table, &superblock, body)?;
+    let scanner = Scanner::new(file, superblock.pool, superblock.geometry);
+    let mut scan = scanner.run(superblock.starts[0]).await?;
+    claim_walked(&table, &scan, superblock.starts[0].segment_sequence)?;
+    findings.append(&mut scan.findings);
+    let replay = replay_of(&scan, &table);
+    Ok(Recovered { superblock, table, body, scan, replay, findings })
 }
 
 type Copies = [Option<Superblock>; 2];
@@ -223,17 +296,26 @@ async fn read_superblocks<F: File>(file: &F) -> Result<(Copies, Vec<Finding>), O
     Ok((copies.map(Result::ok), findings))
 }
 
-fn check_expected(
-    superblock: &Superblock,
-    expect: &PoolExpectation,
-    size: u64,
-) -> Result<(), OpenStoreError> {
+/// Whether this program can use the pool at all.
+fn check_usable(superblock: &Superblock, size: u64) -> Result<(), OpenStoreError> {
     let Features { ro_compat, incompat, .. } = superblock.features;
     let unknown = (incompat & !INCOMPAT_KNOWN, ro_compat & !RO_COMPAT_KNOWN);
     if unknown != (0, 0) {
         let text = format!("features incompat {:#x}, ro-compat {:#x}", unknown.0, unknown.1);
         return Err(OpenStoreError::NewerProgram(text));
     }
+    if !superblock.geometry.fits(size) {
+        return Err(OpenStoreError::Shrunk { size });
+    }
+    Ok(())
+}
+
+fn check_expected(
+    superblock: &Superblock,
+    expect: &PoolExpectation,
+    size: u64,
+) -> Result<(), OpenStoreError> {
+    check_usable(superblock, size)?;
     if superblock.cluster != expect.cluster {
         let (found, expected) = (superblock.cluster, expect.cluster);
         return Err(OpenStoreError::WrongCluster { found, expected });
@@ -244,9 +326,6 @@ fn check_expected(
     }
     if let Some(expected) = expect.pool.filter(|&expected| expected != superblock.pool) {
         return Err(OpenStoreError::WrongPool { found: superblock.pool, expected });
-    }
-    if !superblock.geometry.fits(size) {
-        return Err(OpenStoreError::Shrunk { size });
     }
     Ok(())
 }

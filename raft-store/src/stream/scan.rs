@@ -11,7 +11,7 @@
 //! | R3 | no whole header | proof that *n* was durable | lost: the replicas that the next header lists, or all that can't be shown to be whole, are suspect |
 //! | R4 | header or payload damaged | no such proof | torn, never acknowledged: it and all behind it are dropped, the stream goes on in a fresh segment |
 
-use ballast_block::limits::RECOVERY_READ_BYTES;
+use ballast_block::limits::{BATCH_WRITE_BYTES_MAX, RECOVERY_READ_BYTES};
 use ballast_block::{AlignedBuf, BLOCK_SIZE, PoolId, ReplicaId};
 use ballast_env::disk::File;
 use bytes::Bytes;
@@ -37,6 +37,17 @@ pub enum ScanError {
         /// What it needs.
         error: DecodeBatchError,
     },
+    /// More of the stream's end can't be read than one write could have torn: the disk is failing,
+    /// and what it holds can't be judged.
+    #[error(
+        "{blocks} blocks at the end of the stream, from {place} on, can't be read: check the disk"
+    )]
+    Unreadable {
+        /// The first.
+        place: Place,
+        /// How many.
+        blocks: usize,
+    },
     /// No record names the segment that follows: the stream could not be followed again.
     #[error("{segment} names no segment to follow it")]
     NoNextSegment {
@@ -54,6 +65,9 @@ pub enum ScanError {
         reached: u64,
     },
 }
+
+/// So few unreadable blocks may always be what a power loss left of a write.
+const UNREADABLE_MIN: usize = 64;
 
 /// A batch that counts.
 #[derive(Clone, Debug)]
@@ -249,6 +263,7 @@ impl<'a, F: File> Scanner<'a, F> {
             let proven_by_next = next.as_ref().map_or(0, |next| next.proven);
             if proven.max(proven_by_next) <= self.expected {
                 let place = self.geometry.place(walked.segment, 0).plus(u64::from(block));
+                self.check_readable(walked, block, place).await?;
                 if !behind.is_empty() || self.holds_something(walked, block).await {
                     self.torn(place);
                 }
@@ -260,6 +275,27 @@ impl<'a, F: File> Scanner<'a, F> {
             let (sequence, previous) = (resume.fields.sequence, resume.previous.clone());
             self.lost(sequence, &previous);
         }
+    }
+
+    /// A torn write leaves a limited trace. A disk that reads nothing any more must not pass for
+    /// one: all that was acknowledged would be forgotten.
+    async fn check_readable(
+        &mut self,
+        walked: &WalkedSegment,
+        block: u32,
+        place: Place,
+    ) -> Result<(), ScanError> {
+        let mut blocks = 0;
+        for at in block..self.geometry.segment_blocks {
+            blocks += usize::from(self.reader.block(walked.segment, at).await.is_none());
+        }
+        let rest =
+            (self.geometry.segment_blocks - block.min(self.geometry.segment_blocks)) as usize;
+        let most = (BATCH_WRITE_BYTES_MAX / BLOCK_SIZE).min(rest / 2).max(UNREADABLE_MIN);
+        if blocks > most {
+            return Err(ScanError::Unreadable { place, blocks });
+        }
+        Ok(())
     }
 
     /// Row R1, or R2: its payload is looked at.
