@@ -227,3 +227,91 @@ impl ConfigFile {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The page for users, with the golden example.
+    const PAGE: &str = include_str!("../../docs/configuration.md");
+
+    fn example() -> String {
+        let (_, rest) = PAGE.split_once("```toml\n").expect("there is an example");
+        rest.split_once("```").expect("it ends").0.to_owned()
+    }
+
+    #[test]
+    fn the_documented_example_is_read_as_it_says() {
+        let file: ConfigFile = toml::from_str(&example()).unwrap();
+        assert_eq!(file.node, 1);
+        assert_eq!(file.listen.nbd.len(), 2);
+        assert_eq!(file.listen.nbd[1].to_string(), "unix:/run/ballast/nbd.sock");
+        assert_eq!(file.log, Log { format: LogFormat::Json, level: "info".into() });
+        assert_eq!(file.volumes.retention, Some(Size(256 << 20)));
+        assert_eq!(file.nodes.iter().map(|node| node.id).collect::<Vec<_>>(), [1, 2, 3]);
+        // The defaults that the page names are the ones that apply.
+        let settings = crate::settings::Settings::check(file).unwrap();
+        let minimal = example().split("[listen]").next().unwrap().to_owned()
+            + "\n[[nodes]]"
+            + example().split_once("[[nodes]]").unwrap().1;
+        let plain = crate::settings::Settings::check(toml::from_str(&minimal).unwrap()).unwrap();
+        assert_eq!(plain.node.raft, settings.node.raft);
+        assert_eq!(plain.node.retention_bytes, settings.node.retention_bytes);
+        assert_eq!(plain.node.leader_follows_writer, settings.node.leader_follows_writer);
+    }
+
+    #[test]
+    fn unknown_keys_are_errors_in_every_table() {
+        let example = example();
+        let tables = ["", "[listen]\n", "[log]\n", "[raft]\n", "[volumes]\n", "[[nodes]]\n"];
+        for table in tables {
+            let wrong = match table {
+                "" => format!("surprise = 1\n{example}"),
+                _ => example.replacen(table, &format!("{table}surprise = 1\n"), 1),
+            };
+            let error = toml::from_str::<ConfigFile>(&wrong).unwrap_err().to_string();
+            assert!(error.contains("surprise"), "{table}: {error}");
+        }
+    }
+
+    #[test]
+    fn settings_that_can_not_be_are_refused_by_name() {
+        let example = example();
+        let check = |from: &str, to: &str| {
+            assert!(example.contains(from), "{from}");
+            match toml::from_str::<ConfigFile>(&example.replacen(from, to, 1)) {
+                Ok(file) => {
+                    crate::settings::Settings::check(file).map(drop).unwrap_err().to_string()
+                }
+                Err(error) => error.to_string(),
+            }
+        };
+        for (from, to, names) in [
+            ("node = 1", "node = 9", "node is 9"),
+            ("node = 1", "node = -1", "-1"),
+            ("0f2b5c3e-7a4d", "x", "UUID"),
+            ("pool = \"/dev/disk/by-id/nvme-example_0001\"", "pool = \"\"", "pool"),
+            ("id = 2", "id = 1", "twice"),
+            ("id = 2", "id = 0", "0"),
+            ("name = \"beta\"", "name = \"alpha\"", "twice"),
+            ("peer = \"10.0.0.2:7430\"", "peer = \"10.0.0.1:7430\"", "twice"),
+            ("peer = \"10.0.0.2:7430\"", "peer = \"0.0.0.0:7430\"", "connect"),
+            ("peer = \"10.0.0.2:7430\"", "peer = \"beta:7430\"", "peer"),
+            ("unix:/run/ballast/nbd.sock", "unix:", "path"),
+            ("unix:/run/ballast/nbd.sock", "nowhere", "nowhere"),
+            ("format = \"json\"", "format = \"xml\"", "xml"),
+            ("level = \"info\"", "level = \"loud\"", "loud"),
+            ("heartbeat_ms = 200", "heartbeat_ms = 500", "election_min_ms"),
+            ("election_max_ms = 1000", "election_max_ms = 600", "election_max_ms"),
+            ("retention = \"256MiB\"", "retention = \"1KiB\"", "retention"),
+            ("retention = \"256MiB\"", "retention = \"much\"", "much"),
+        ] {
+            let error = check(from, to);
+            assert!(error.contains(names), "{to}: {error}");
+        }
+        let two = example.rsplit_once("[[nodes]]").unwrap().0;
+        let file = toml::from_str::<ConfigFile>(two).unwrap();
+        let error = crate::settings::Settings::check(file).map(drop).unwrap_err().to_string();
+        assert!(error.contains("2 entries"), "{error}");
+    }
+}

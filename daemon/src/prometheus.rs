@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use metrics::{counter, describe_counter, describe_gauge, gauge};
+use metrics::{describe_gauge, gauge};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use metrics_util::MetricKindMask;
 
@@ -76,29 +76,32 @@ impl Metrics {
             ("node", self.node.clone()),
         ];
         gauge!("ballast_build_info", &labels).set(1.0);
-        set_usage(&Usage::now());
-        self.handle.render()
+        let mut page = self.handle.render();
+        page.push_str(&usage(&Usage::now()));
+        page
     }
 }
 
 fn describe() {
     describe_gauge!("ballast_shard_up", "Whether the shard answered for this page.");
     describe_gauge!("ballast_build_info", "Always 1; version, cluster and node are its labels.");
-    // The names that Prometheus' own client libraries use.
-    describe_gauge!("process_resident_memory_bytes", "Resident memory.");
-    describe_gauge!("process_virtual_memory_bytes", "Virtual memory.");
-    describe_gauge!("process_open_fds", "Open files and sockets.");
-    describe_gauge!("process_threads", "Threads.");
-    describe_gauge!("process_start_time_seconds", "When the process started, since 1970.");
-    describe_counter!("process_cpu_seconds_total", "User and system time.");
 }
 
-fn set_usage(usage: &Usage) {
-    gauge!("process_resident_memory_bytes").set(usage.resident_bytes as f64);
-    gauge!("process_virtual_memory_bytes").set(usage.virtual_bytes as f64);
-    gauge!("process_open_fds").set(usage.open_files as f64);
-    gauge!("process_threads").set(usage.threads as f64);
-    gauge!("process_start_time_seconds").set(usage.start_seconds);
-    // Counters of this library are whole numbers.
-    counter!("process_cpu_seconds_total").absolute(usage.cpu_seconds as u64);
+/// What the process uses, under the names that Prometheus' own client libraries use. Written out
+/// here because counters of the library are whole numbers.
+fn usage(usage: &Usage) -> String {
+    let mut text = String::new();
+    for (name, kind, help, value) in [
+        ("resident_memory_bytes", "gauge", "Resident memory.", usage.resident_bytes as f64),
+        ("virtual_memory_bytes", "gauge", "Virtual memory.", usage.virtual_bytes as f64),
+        ("open_fds", "gauge", "Open files and sockets.", usage.open_files as f64),
+        ("threads", "gauge", "Threads.", usage.threads as f64),
+        ("start_time_seconds", "gauge", "When it started, since 1970.", usage.start_seconds),
+        ("cpu_seconds_total", "counter", "User and system time.", usage.cpu_seconds),
+    ] {
+        text.push_str(&format!(
+            "# HELP process_{name} {help}\n# TYPE process_{name} {kind}\nprocess_{name} {value}\n\n"
+        ));
+    }
+    text
 }

@@ -25,6 +25,7 @@ use thiserror::Error;
 
 use crate::attach;
 use crate::calls::{AttachReplyV1, AttachV1, AttachmentV1, OperateReplyV1, Tag, decode};
+use crate::meters::{self, VolumeMeter};
 use crate::node::Inner;
 use crate::operate;
 use crate::peers::connection::PeerError;
@@ -70,6 +71,7 @@ pub struct VolumeClient<E: Env> {
     outstanding: RefCell<BTreeSet<u64>>,
     leader: Cell<Option<NodeId>>,
     turn: Cell<usize>,
+    meter: Rc<VolumeMeter>,
 }
 
 struct Request<'a, E: Env> {
@@ -100,6 +102,7 @@ impl<E: Env> VolumeClient<E> {
             (volume.family, volume.size_bytes)
         };
         let attachment = AttachmentId(inner.env.random_u64() | 1);
+        let meter = inner.meters.volume(family);
         let mut client = Self {
             inner,
             family,
@@ -112,6 +115,7 @@ impl<E: Env> VolumeClient<E> {
             outstanding: RefCell::default(),
             leader: Cell::new(None),
             turn: Cell::new(0),
+            meter,
         };
         if !read_only {
             client.inner.attachments.borrow_mut().insert(attachment, family);
@@ -200,6 +204,15 @@ impl<E: Env> VolumeClient<E> {
     /// # Errors
     /// [`IoError`].
     pub async fn run(&self, command: IoCommand) -> Result<IoReply, IoError> {
+        let kind = meters::kind_of(&command);
+        let env = &self.inner.env;
+        let start = env.now();
+        let result = self.carry_out(command).await;
+        self.inner.meters.note(&self.meter, kind, result.is_ok(), env.now().since(start));
+        result
+    }
+
+    async fn carry_out(&self, command: IoCommand) -> Result<IoReply, IoError> {
         let writes = !matches!(
             command,
             IoCommand::Read { .. } | IoCommand::Flush | IoCommand::BlockStatus { .. }

@@ -15,6 +15,7 @@ pub mod cluster_group;
 pub mod config;
 pub mod families;
 mod mend;
+mod meters;
 pub mod metrics;
 pub mod nbd_target;
 pub mod node;

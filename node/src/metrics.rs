@@ -7,17 +7,30 @@ use ballast_block::FamilyId;
 use ballast_env::Env;
 use ballast_raft_store::replica::Health;
 use ballast_volume::group::Group;
-use metrics::{counter, describe_counter, describe_gauge, gauge};
+use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge};
 use openraft::ServerState;
 use openraft::async_runtime::WatchReceiver;
 
+use crate::meters::KINDS;
 use crate::node::{Inner, Node};
+use crate::peers::links::Lane;
 use crate::room;
 
 /// The label of the cluster group, which replicates no volume.
 const CLUSTER_GROUP: &str = "(cluster group)";
 
-const COUNTERS: [(&str, &str); 9] = [
+const HISTOGRAMS: [(&str, &str); 2] = [
+    ("ballast_command_seconds", "From a host's command to its answer, on the serving node."),
+    ("ballast_stage_seconds", "Stages of writes and reads on the leading node."),
+];
+
+const COUNTERS: [(&str, &str); 15] = [
+    ("ballast_volume_commands_total", "Commands of hosts that this node answered."),
+    ("ballast_volume_bytes_total", "Bytes that they were about, errors not counted."),
+    ("ballast_volume_errors_total", "Commands that were answered with an error."),
+    ("ballast_resync_received_bytes_total", "Pulled by replicas here that were far behind."),
+    ("ballast_resync_sent_bytes_total", "Pulled from here by peers that were far behind."),
+    ("ballast_resyncs_total", "Differences that were installed here."),
     ("ballast_log_written_bytes_total", "Written for log entries, payload and headers."),
     ("ballast_log_writes_total", "Disk writes that carried log entries."),
     ("ballast_cleaner_moved_bytes_total", "Moved by the cleaner."),
@@ -29,7 +42,9 @@ const COUNTERS: [(&str, &str); 9] = [
     ("ballast_cluster_changes_total", "Changes of the cluster's state, ever, as applied here."),
 ];
 
-const GAUGES: [(&str, &str); 28] = [
+const GAUGES: [(&str, &str); 30] = [
+    ("ballast_recovery_seconds", "How long the last start took to open the pool."),
+    ("ballast_peer_queue_bytes", "Waiting to be sent to the peer."),
     ("ballast_node_ready", "Whether the cluster has accepted this start of the node."),
     ("ballast_pool_failed", "Whether the pool stopped: the node then ends."),
     ("ballast_pool_capacity_bytes", "What the pool can hold."),
@@ -71,6 +86,9 @@ pub fn describe() {
     for (name, text) in GAUGES {
         describe_gauge!(name, text);
     }
+    for (name, text) in HISTOGRAMS {
+        describe_histogram!(name, text);
+    }
 }
 
 fn flag(value: bool) -> f64 {
@@ -85,6 +103,7 @@ impl<E: Env> Node<E> {
         pool(inner);
         recovery(inner);
         peers(inner);
+        volumes(inner);
         gauge!("ballast_attachments").set(inner.attachments.borrow().len() as f64);
         counter!("ballast_cluster_changes_total").absolute(inner.cluster.state().revision());
         group(inner, CLUSTER_GROUP, inner.cluster.group());
@@ -137,7 +156,33 @@ fn pool<E: Env>(inner: &Inner<E>) {
     }
 }
 
+/// What hosts did through this node; and resyncs, which no volume is told apart in.
+fn volumes<E: Env>(inner: &Inner<E>) {
+    let exists = |family| inner.cluster.state().volume_of_family(family).is_some();
+    for (family, meter) in inner.meters.volumes(exists) {
+        let volume = volume_name(inner, family);
+        for (kind, operation) in KINDS.into_iter().enumerate() {
+            for (name, value) in [
+                ("ballast_volume_commands_total", &meter.commands[kind]),
+                ("ballast_volume_bytes_total", &meter.bytes[kind]),
+                ("ballast_volume_errors_total", &meter.errors[kind]),
+            ] {
+                let labels = [("volume", volume.clone()), ("operation", operation.to_owned())];
+                counter!(name, &labels).absolute(value.get());
+            }
+        }
+    }
+    for (name, value) in [
+        ("ballast_resync_received_bytes_total", &inner.meters.resync_received),
+        ("ballast_resync_sent_bytes_total", &inner.meters.resync_sent),
+        ("ballast_resyncs_total", &inner.meters.resyncs),
+    ] {
+        counter!(name).absolute(value.get());
+    }
+}
+
 fn recovery<E: Env>(inner: &Inner<E>) {
+    gauge!("ballast_recovery_seconds").set(inner.opened_in.as_secs_f64());
     let found = &inner.recovery;
     for (name, value) in [
         ("ballast_recovery_replayed_records", found.replayed_records),
@@ -154,6 +199,12 @@ fn peers<E: Env>(inner: &Inner<E>) {
         if founder.node != inner.config.node {
             let up = inner.links.peer(founder.node).is_some();
             gauge!("ballast_peer_link_up", "peer" => founder.name.clone()).set(flag(up));
+            for (lane, name) in [(Lane::Data, "data"), (Lane::Control, "control")] {
+                let connection = inner.links.connection(founder.node, lane);
+                let queued = connection.map_or(0, |connection| connection.queued_bytes());
+                let labels = [("peer", founder.name.clone()), ("lane", name.to_owned())];
+                gauge!("ballast_peer_queue_bytes", &labels).set(queued as f64);
+            }
         }
     }
 }

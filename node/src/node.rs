@@ -25,6 +25,7 @@ use tokio::sync::watch;
 
 use crate::cluster_group::{ClusterFoundingV1, ClusterGroup, ClusterMachine, cluster_replica};
 use crate::config::{Founder, NodeConfig};
+use crate::meters::Meters;
 use crate::peers::links::{Identity, Links};
 use crate::peers::raft_net::{RaftNet, Transfers};
 use crate::room::RoomTable;
@@ -46,7 +47,7 @@ pub enum StartNodeError {
     #[error(transparent)]
     FormatPool(#[from] FormatPoolError),
     /// The pool can't be opened.
-    #[error("can't open pool {path}: {problem}")]
+    #[error("{path}: {problem}")]
     OpenPool {
         /// Its path.
         path: String,
@@ -89,6 +90,9 @@ pub(crate) struct Inner<E: Env> {
     /// The newest start of each peer's pool that this process has seen (hazard F5).
     pub(crate) boots: RefCell<BTreeMap<NodeId, (PoolId, u64, u64)>>,
     pub(crate) room: RoomTable,
+    pub(crate) meters: Meters,
+    /// How long opening the pool took.
+    pub(crate) opened_in: Duration,
     /// NBD clients connected now.
     pub(crate) nbd_connections: Cell<usize>,
     pub(crate) nbd_addresses: RefCell<Vec<Address>>,
@@ -172,9 +176,11 @@ impl<E: Env> Node<E> {
     /// [`StartNodeError`].
     pub async fn start(env: E, config: NodeConfig) -> Result<Self, StartNodeError> {
         let own = check(&config)?.clone();
+        let begun = env.now();
         let (pool, recovery) = open(&env, &config, None).await?;
+        let opened_in = env.now().since(begun);
         tracing::info!(node = %config.node, pool = %pool.id(), boot = pool.boot_counter(),
-            ?recovery, "pool is open");
+            ?recovery, ?opened_in, "pool is open");
         let identity = Identity {
             cluster: config.cluster,
             node: config.node,
@@ -200,6 +206,8 @@ impl<E: Env> Node<E> {
             attachments: RefCell::default(),
             boots: RefCell::default(),
             room: RoomTable::default(),
+            meters: Meters::default(),
+            opened_in,
             nbd_connections: Cell::new(0),
             nbd_addresses: RefCell::default(),
             peer_address: RefCell::default(),

@@ -15,6 +15,7 @@ use ballast_volume::snapshot::GroupSnapshot;
 use openraft::storage::Snapshot;
 
 use crate::calls::{DifferenceV1, OfferV1, Tag, decode, decode_page};
+use crate::meters;
 use crate::node::Inner;
 use crate::peers::connection::PeerError;
 use crate::peers::links::Lane;
@@ -50,7 +51,9 @@ pub(crate) async fn accept<E: Env>(
     loop {
         let ask = DifferenceV1 { transfer: offer.transfer, since: since.0, from_block };
         let page = pull(&inner, from, frame, ask).await?;
-        bytes += page_bytes(&page);
+        let more = page_bytes(&page);
+        bytes += more;
+        meters::add(&inner.meters.resync_received, more);
         resync.put(page.records).await.map_err(refused)?;
         match page.next {
             Some(next) => from_block = next,
@@ -63,7 +66,7 @@ pub(crate) async fn accept<E: Env>(
     let snapshot = Snapshot { meta, snapshot: state };
     let installed = group.raft().install_full_snapshot(vote, snapshot).await.map_err(refused)?;
     tracing::info!(replica = %replica.id(), ?index, bytes, "difference installed");
-    metrics::counter!("ballast_resync_received_bytes_total").increment(bytes);
+    meters::add(&inner.meters.resyncs, 1);
     Ok(installed.vote)
 }
 
@@ -99,8 +102,8 @@ pub(crate) async fn page<E: Env>(
 ) -> Result<DiffPage, PeerError> {
     let pin = inner.transfers.get(ask.transfer).ok_or_else(|| refused("transfer is over"))?;
     let replica = pin.replica();
-    replica
-        .diff(&pin, Sequence(ask.since), ask.from_block, PAGE_BYTES_MAX)
-        .await
-        .map_err(|error| refused(ResyncError::Read(error)))
+    let page = replica.diff(&pin, Sequence(ask.since), ask.from_block, PAGE_BYTES_MAX).await;
+    let page = page.map_err(|error| refused(ResyncError::Read(error)))?;
+    meters::add(&inner.meters.resync_sent, page_bytes(&page));
+    Ok(page)
 }

@@ -29,6 +29,7 @@ use crate::machine::DecodeStateError;
 use crate::read_gate::GateShut;
 use crate::snapshot::{Checkpoint, GroupSnapshot};
 use crate::split::Operation;
+use crate::stages::Stages;
 use crate::state::{FamilyState, FoundingV1};
 
 /// What a family needs of the node around it.
@@ -95,6 +96,7 @@ pub(crate) struct Inner<E: Env> {
     pub(crate) inflight: Semaphore,
     pub(crate) buffers: BufferPool,
     pub(crate) surroundings: Rc<dyn Surroundings>,
+    pub(crate) stages: Stages,
     founding: FoundingV1,
 }
 
@@ -142,6 +144,7 @@ impl<E: Env> Family<E> {
             inflight: Semaphore::new(FAMILY_INFLIGHT_BYTES_MAX / BLOCK_SIZE),
             buffers,
             surroundings,
+            stages: Stages::default(),
             founding,
         };
         Ok(Self { inner: Rc::new(inner) })

@@ -198,6 +198,10 @@ impl<E: Env> Group<E> {
         Ok(group)
     }
 
+    pub(crate) fn env(&self) -> &E {
+        &self.inner.env
+    }
+
     /// openraft's handle.
     pub fn raft(&self) -> &GroupRaft<E> {
         &self.inner.raft

@@ -14,5 +14,6 @@ pub mod read_gate;
 pub mod retention;
 pub mod snapshot;
 pub mod split;
+mod stages;
 pub mod state;
 pub mod write;

@@ -8,6 +8,7 @@ use ballast_env::Env;
 use ballast_raft_store::replica::{ReadContent, ReadError, ReadPart as StoredPart};
 
 use crate::family::{ExecuteError, Family, OperationReply};
+use crate::stages;
 use crate::state::ROOT_BRANCH;
 
 /// Rounds of repair of one read: damage may be found block by block, or strike again.
@@ -21,8 +22,11 @@ impl<E: Env> Family<E> {
             let limit = (TRANSFER_BLOCKS_MAX * BLOCK_SIZE) as u64;
             return Err(IoError::TooLarge { limit }.into());
         }
-        self.inner.group.pass().await?;
+        let group = &self.inner.group;
+        let start = group.env().now();
+        group.pass().await?;
         let parts = self.read_stored(blocks).await?;
+        stages::note(&self.inner.stages.read, start, group.env().now());
         Ok(OperationReply::Data(cut(parts, range, blocks)))
     }
 

@@ -7,6 +7,7 @@ use ballast_block::geometry::{BLOCK_SIZE, BLOCK_SIZE_U64};
 use ballast_block::limits::TRANSFER_BYTES_MAX;
 use ballast_block::{AlignedBuf, BlockRange, ByteRange, IoError, NodeId};
 use ballast_env::Env;
+use ballast_env::clock::Instant;
 use ballast_raft_store::entry::{Body, Command, Origin};
 use ballast_raft_store::types::{ApplyReply, Rejection};
 use bytes::Bytes;
@@ -14,6 +15,7 @@ use openraft::async_runtime::WatchReceiver;
 use tokio::sync::SemaphorePermit;
 
 use crate::family::{ExecuteError, Family, OperationReply};
+use crate::stages;
 use crate::state::ROOT_BRANCH;
 
 /// What a write puts over what is there.
@@ -31,11 +33,12 @@ impl<E: Env> Family<E> {
     ) -> Result<OperationReply, ExecuteError> {
         let range = ByteRange::new(offset, data.len() as u64);
         self.admit(range)?;
+        let start = self.inner.group.env().now();
         let blocks = range.covering_blocks();
         if range.is_block_aligned() && ballast_block::buffer::is_block_aligned(&data) {
             let _lock = self.inner.locks.shared(blocks).await;
             let _inflight = self.inflight(blocks).await?;
-            return self.propose_write(origin, blocks.start, data, None).await;
+            return self.propose_write(start, origin, blocks.start, data, None).await;
         }
         self.merge(origin, range, Over::Data(data)).await
     }
@@ -98,6 +101,7 @@ impl<E: Env> Family<E> {
         range: ByteRange,
         over: Over,
     ) -> Result<OperationReply, ExecuteError> {
+        let start = self.inner.group.env().now();
         let blocks = range.covering_blocks();
         let _lock = self.inner.locks.exclusive(blocks).await;
         let _inflight = self.inflight(blocks).await?;
@@ -112,7 +116,7 @@ impl<E: Env> Family<E> {
             Over::Data(data) => target.copy_from_slice(&data),
             Over::Zeroes => target.fill(0),
         }
-        self.propose_write(origin, blocks.start, buffer.freeze(), Some(term)).await
+        self.propose_write(start, origin, blocks.start, buffer.freeze(), Some(term)).await
     }
 
     async fn read_edges(
@@ -135,14 +139,19 @@ impl<E: Env> Family<E> {
 
     async fn propose_write(
         &self,
+        began: Instant,
         origin: Origin,
         start: u64,
         payload: Bytes,
         term: Option<u64>,
     ) -> Result<OperationReply, ExecuteError> {
-        self.inner.group.replica().map_room().await;
+        let group = &self.inner.group;
+        group.replica().map_room().await;
+        let admitted = group.env().now();
+        stages::note(&self.inner.stages.admission, began, admitted);
         let command = Command::write(Origin { branch: ROOT_BRANCH, ..origin }, start, payload);
-        let (_, reply) = self.inner.group.propose(command, term).await?;
+        let (_, reply) = group.propose(command, term).await?;
+        stages::note(&self.inner.stages.commit, admitted, group.env().now());
         outcome(reply)
     }
 }
