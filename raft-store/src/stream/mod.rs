@@ -9,6 +9,7 @@ mod queue;
 mod record;
 mod scan;
 mod set;
+mod superblocks;
 mod verdict;
 mod votes;
 
