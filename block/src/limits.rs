@@ -67,6 +67,9 @@ pub const FAMILY_RETENTION_BYTES_MAX: u64 = 256 << 20;
 /// Log entries kept on one pool, all families together, in bytes.
 pub const POOL_RETENTION_BYTES_MAX: u64 = 1 << 30;
 
+/// Log entries that a family keeps at most while its pool is short of free space, in bytes.
+pub const RETENTION_SHORT_BYTES: u64 = 4 << 20;
+
 /// Payload of recent log entries kept in memory per pool, in bytes: lets followers and reads of
 /// fresh data go without the disk.
 pub const LOG_CACHE_BYTES_MAX: usize = 64 << 20;

@@ -7,6 +7,7 @@
 
 use std::rc::Rc;
 
+use ballast_block::ReplicaId;
 use ballast_env::Env;
 use bytes::Bytes;
 use prost::Message;
@@ -18,9 +19,12 @@ use crate::replica::Health;
 use crate::replica::core::{Map, ReplicaInner};
 use crate::replica::record::{DescriptorV1, MembershipV1};
 use crate::replica::saved::{PoolV1, ReplicaV1, ResyncV1, SuspectV1, pack};
+use crate::types::LogId;
 
 /// A replica as it was at the freeze.
 struct Frozen<E: Env> {
+    replica: Rc<ReplicaInner<E>>,
+    applied: Option<LogId>,
     saved: ReplicaV1,
     map: Rc<Map<E>>,
     frozen: FrozenMap,
@@ -34,20 +38,23 @@ impl<E: Env> Shared<E> {
         self.check()?;
         let streams = self.streams.freeze();
         let dropped = self.dropped.borrow().iter().map(|id| id.0).collect();
-        let frozen: Vec<Frozen<E>> = self.all().iter().map(|replica| replica.freeze()).collect();
+        let frozen: Vec<Frozen<E>> = self.all().into_iter().map(ReplicaInner::freeze).collect();
         // Everything that the frozen maps point at: entries, and what was moved.
         self.streams.frozen_durable(&streams).await.map_err(PoolFailure::from)?;
         let mut replicas = Vec::with_capacity(frozen.len());
-        for Frozen { mut saved, map, frozen, resync } in frozen {
-            let replica = saved.descriptor.as_ref().map_or(0, |descriptor| descriptor.replica);
-            saved.map = self.write_map(replica, &map, frozen).await?;
+        let mut covered = Vec::with_capacity(frozen.len());
+        for Frozen { replica, applied, mut saved, map, frozen, resync } in frozen {
+            let id = replica.descriptor.replica;
+            saved.map = self.write_map(id, &map, frozen).await?;
             if let (Some(saved), Some((map, frozen))) = (&mut saved.resync, resync) {
-                saved.map = self.write_map(replica, &map, frozen).await?;
+                saved.map = self.write_map(id, &map, frozen).await?;
             }
             replicas.push(saved);
+            covered.push((replica, applied));
         }
         let body = PoolV1 { replicas, dropped }.encode_to_vec();
         self.streams.commit_checkpoint(streams, vec![body.into()]).await?;
+        covered.into_iter().for_each(|(replica, applied)| replica.checkpointed.set(applied));
         count(&self.counters.checkpoints, 1);
         self.freed.notify_waiters();
         Ok(())
@@ -55,7 +62,7 @@ impl<E: Env> Shared<E> {
 
     async fn write_map(
         &self,
-        replica: u64,
+        replica: ReplicaId,
         map: &Map<E>,
         frozen: FrozenMap,
     ) -> Result<Bytes, CheckpointError> {
@@ -64,7 +71,6 @@ impl<E: Env> Shared<E> {
             Err(error) => {
                 // What was frozen is lost to the map: the log has it, and the next open replays it.
                 self.streams.close();
-                let replica = ballast_block::ReplicaId(replica);
                 Err(CheckpointError::Map { replica, problem: error.to_string() })
             }
         }
@@ -73,7 +79,7 @@ impl<E: Env> Shared<E> {
 
 impl<E: Env> ReplicaInner<E> {
     /// Captures everything a checkpoint keeps of the replica. No await, no I/O.
-    fn freeze(&self) -> Frozen<E> {
+    fn freeze(self: Rc<Self>) -> Frozen<E> {
         let log = self.log.borrow();
         let applied = self.applied.borrow();
         let state = match (self.state_is_restored.get(), &*self.state_source.borrow()) {
@@ -108,10 +114,13 @@ impl<E: Env> ReplicaInner<E> {
                 from_empty: resync.from_empty,
             }),
             resyncs: self.resyncs.get(),
+            map_lost: self.map_lost.get(),
         };
         let map = self.map();
         let frozen = map.freeze();
         let resync = resync.map(|resync| (resync.map.clone(), resync.map.freeze()));
-        Frozen { saved, map, frozen, resync }
+        let covered = applied.id;
+        drop((log, applied));
+        Frozen { replica: self, applied: covered, saved, map, frozen, resync }
     }
 }

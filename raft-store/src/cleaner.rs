@@ -61,8 +61,7 @@ impl<E: Env> Shared<E> {
         &self,
         stuck: &mut BTreeSet<(SegmentNumber, u32)>,
     ) -> Result<bool, CheckpointError> {
-        if self.delta_bytes.get() > MAP_DELTA_BYTES_MAX / 2 {
-            self.merge_some().await?;
+        if self.delta_bytes.get() > MAP_DELTA_BYTES_MAX / 2 && self.merge_some().await {
             return Ok(true);
         }
         let abandoned = self.abandoned.borrow_mut().pop();
@@ -89,7 +88,7 @@ impl<E: Env> Shared<E> {
     }
 
     /// Whether free space is so little that cleaning pays.
-    fn is_short(&self) -> bool {
+    pub fn is_short(&self) -> bool {
         let counts = self.streams.segments().counts();
         // One twentieth: cleaning starts before leaders run out of credit, not long before.
         counts.free_normal < (counts.total / 20).max(VICTIMS_AT_ONCE as u32)
@@ -101,7 +100,9 @@ impl<E: Env> Shared<E> {
         stuck: &mut BTreeSet<(SegmentNumber, u32)>,
     ) -> Result<bool, CheckpointError> {
         let before = self.streams.segments().counts().free;
-        self.merge_all(0).await?;
+        if let Err(error) = self.merge_all(0).await {
+            tracing::error!(%error, "a map can't be merged: its dead blocks stay taken");
+        }
         self.checkpoint().await?;
         if !self.is_short() {
             return Ok(true);
@@ -115,11 +116,13 @@ impl<E: Env> Shared<E> {
             if stuck.contains(&key) {
                 continue;
             }
-            if self.clean(victim).await? {
-                moved = true;
-                count(&self.counters.cleaner_segments, 1);
-            } else {
-                stuck.insert(key);
+            match self.clean(victim).await {
+                Ok(true) => {
+                    moved = true;
+                    count(&self.counters.cleaner_segments, 1);
+                }
+                Ok(false) | Err(CheckpointError::Map { .. }) => _ = stuck.insert(key),
+                Err(error) => return Err(error),
             }
         }
         if moved {
@@ -128,25 +131,32 @@ impl<E: Env> Shared<E> {
         Ok(moved || self.streams.segments().counts().free > before)
     }
 
-    /// Merges part of the map with the most unmerged changes.
-    async fn merge_some(&self) -> Result<(), CheckpointError> {
-        let replicas = self.all();
-        let Some(largest) = replicas.iter().max_by_key(|one| one.delta_bytes.get()) else {
-            return Ok(());
-        };
-        let target = largest.delta_bytes.get() / 2;
-        largest.merge(target).await?;
-        self.merged.notify_waiters();
-        Ok(())
+    /// Merges part of the map with the most unmerged changes that can be merged. Answers whether
+    /// one was.
+    async fn merge_some(&self) -> bool {
+        let mut replicas = self.all();
+        replicas.sort_by_key(|one| std::cmp::Reverse(one.delta_bytes.get()));
+        for replica in replicas.into_iter().filter(|one| one.delta_bytes.get() > 0) {
+            match replica.merge(replica.delta_bytes.get() / 2).await {
+                Ok(()) => {
+                    self.merged.notify_waiters();
+                    return true;
+                }
+                Err(error) => tracing::error!(%error, "a map can't be merged"),
+            }
+        }
+        false
     }
 
-    /// Merges every map down to `target` bytes.
+    /// Merges every map down to `target` bytes. One that can't be merged does not keep the others
+    /// from it.
     pub async fn merge_all(&self, target: usize) -> Result<(), CheckpointError> {
+        let mut outcome = Ok(());
         for replica in self.all() {
-            replica.merge(target).await?;
+            outcome = outcome.and(replica.merge(target).await);
         }
         self.merged.notify_waiters();
-        Ok(())
+        outcome
     }
 
     /// Frees all that a map refers to; nothing uses the map any more.

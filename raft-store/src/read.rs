@@ -59,9 +59,11 @@ impl<E: Env> ReplicaInner<E> {
     /// Whether reads make sense.
     pub(crate) fn usable(&self) -> Result<(), ReadError> {
         self.shared.check()?;
-        match self.dropped.get() {
-            true => Err(ReadError::Dropped(self.descriptor.replica)),
-            false => Ok(()),
+        let id = self.descriptor.replica;
+        match (self.dropped.get(), self.map_lost.get()) {
+            (true, _) => Err(ReadError::Dropped(id)),
+            (_, true) => Err(ReadError::MapLost(id)),
+            _ => Ok(()),
         }
     }
 

@@ -9,9 +9,11 @@ use ballast_raft_store::format::batch::Batch;
 use ballast_raft_store::map::ROOT_BRANCH;
 use ballast_raft_store::pool::{Pool, RecoveryReport};
 use ballast_raft_store::replica::{
-    ClearSuspectError, DamagedBlock, Health, ReadError, RepairError,
+    ClearSuspectError, DamagedBlock, Health, InstallState, ReadError, RepairError, ResyncBase,
 };
+use ballast_raft_store::stream::StreamId;
 use ballast_raft_store::types::{Vote, log_id};
+use bytes::Bytes;
 use openraft::storage::{RaftLogReader, RaftLogStorage};
 use store::{Machine, append, blocks, read, write};
 use support::pool::path;
@@ -221,5 +223,91 @@ fn a_failed_write_stops_the_pool() {
         assert!(report.suspects.is_empty());
         let state = machine.replica.log().get_log_state().await.unwrap();
         assert_eq!(state.last_log_id, Some(log_id(1, 0)));
+    });
+}
+
+#[test]
+fn a_lost_map_is_resynced_from_nothing() {
+    run(async {
+        let (env, pool, machine) = fresh().await;
+        let entries = (0..9).map(|index| write(index, index * 300, blocks(2, index))).collect();
+        append(&machine.replica, entries).await.unwrap();
+        apply(&machine).await;
+        pool.quiesce_maps().await.unwrap();
+        pool.checkpoint().await.unwrap();
+        let mut image = env.image(&path());
+        let written: Vec<u64> = image.written_blocks().collect();
+        for block in written {
+            let batch = Batch::decode(&image.block(block).into());
+            let Ok(batch) = batch else { continue };
+            if batch.fields.stream == StreamId::Meta {
+                (0..batch.fields.payload_blocks.into())
+                    .for_each(|nth| image.rot(block + 1 + nth, 30));
+            }
+        }
+        let (env, pool2, report, lost) = open(image).await;
+        assert_eq!(report.suspects, [ReplicaId(1)]);
+        assert!(lost.replica.map_lost());
+        assert!(matches!(read(&lost.replica, 0, 1).await, Err(ReadError::MapLost(_))));
+        let refused = lost.replica.clear_suspect(9, 0);
+        assert_eq!(refused, Err(ClearSuspectError::MapLost(ReplicaId(1))));
+        pool2.checkpoint().await.unwrap();
+        let (env, pool2, _, lost) = open(env.image(&path())).await;
+        assert!(lost.replica.map_lost());
+
+        append(&machine.replica, vec![write(9, 0, blocks(1, 9))]).await.unwrap();
+        apply(&machine).await;
+        let pin = machine.replica.pin();
+        let resync = lost.replica.resync(ResyncBase::Empty).await.unwrap();
+        let mut next = Some(0);
+        while let Some(block) = next {
+            let page = machine.replica.diff(&pin, resync.since(), block, 1 << 20).await.unwrap();
+            resync.put(page.records).await.unwrap();
+            next = page.next;
+        }
+        let state = InstallState {
+            applied: pin.applied().unwrap(),
+            membership: machine.replica.membership(),
+            state: Bytes::from(vec![7; 5000]),
+            sequence: pin.sequence(),
+        };
+        resync.install(state).await.unwrap();
+        lost.replica.clear_suspect(9, 9).unwrap();
+        for opened_again in [false, true] {
+            if opened_again {
+                pool2.checkpoint().await.unwrap();
+            }
+            let env = MemoryEnv::with_image(&path(), env.image(&path()));
+            let (pool, _) = store::open(&env, &path()).await.unwrap();
+            let replica = pool.replica(ReplicaId(1)).unwrap();
+            assert!(!replica.map_lost());
+            assert_eq!(replica.restored().state, vec![7; 5000]);
+            assert_eq!(read(&replica, 0, 1).await.unwrap(), blocks(1, 9));
+            assert_eq!(read(&replica, 2400, 2).await.unwrap(), blocks(2, 8));
+        }
+    });
+}
+
+#[test]
+fn a_purge_never_outruns_the_checkpoint() {
+    run(async {
+        let (env, pool, machine) = fresh().await;
+        let entries = (0..9).map(|index| write(index, index, blocks(1, index))).collect();
+        append(&machine.replica, entries).await.unwrap();
+        apply(&machine).await;
+        let retained = machine.replica.retained_bytes();
+        let target = machine.replica.purge_target(retained / 2).unwrap();
+        machine.replica.log().purge(target).await.unwrap();
+        assert!(machine.replica.retained_bytes() <= retained / 2);
+        assert_eq!(pool.stats().checkpoints, 1);
+        append(&machine.replica, vec![write(9, 9, blocks(1, 9))]).await.unwrap();
+        let (_, pool, _, machine) = open(env.image(&path())).await;
+        assert_eq!(machine.replica.applied(), Some(log_id(1, 8)));
+        apply(&machine).await;
+        pool.quiesce_maps().await.unwrap();
+        pool.checkpoint().await.unwrap();
+        for index in 0..10 {
+            assert_eq!(read(&machine.replica, index, 1).await.unwrap(), blocks(1, index));
+        }
     });
 }

@@ -6,13 +6,15 @@ use std::rc::Rc;
 
 use ballast_block::checksum::block_crcs;
 use ballast_block::geometry::BLOCK_SIZE;
+use ballast_block::limits::CHECKPOINT_LOG_BYTES;
 use ballast_env::Env;
 use openraft::storage::IOFlushed;
 use prost::Message;
+use thiserror::Error;
 
 use crate::entry::{self, Body, Command, WriteData};
 use crate::log::index::Slot;
-use crate::pool::PoolFailure;
+use crate::pool::{CheckpointError, PoolFailure};
 use crate::replica::core::ReplicaInner;
 use crate::replica::record::{LogPointV1, VoteV1};
 use crate::replica::saved::without_payload;
@@ -37,6 +39,9 @@ impl<E: Env> ReplicaInner<E> {
             return Ok(());
         };
         self.append_committed_hint();
+        if self.shared.streams.log_since_checkpoint() >= CHECKPOINT_LOG_BYTES {
+            self.shared.work.notify_one();
+        }
         let streams = self.shared.streams.clone();
         let durable = Box::new(move |outcome: Result<(), _>| match outcome {
             Ok(()) => {
@@ -101,6 +106,7 @@ impl<E: Env> ReplicaInner<E> {
             place: appended.place,
             blocks: u32::try_from(blocks).expect("TRANSFER_BLOCKS_MAX fits"),
             damaged: false,
+            born: self.shared.streams.stats(StreamId::Hot).bytes,
         };
         Ok((slot, appended.at))
     }
@@ -162,8 +168,15 @@ impl<E: Env> ReplicaInner<E> {
     }
 
     /// Forgets the entries up to `upto`. Not waited for: a purge that is lost is made again.
-    pub async fn purge(&self, upto: LogId) -> Result<(), PoolFailure> {
+    ///
+    /// What is applied but in no durable checkpoint would be lost with a crash: then a checkpoint is
+    /// made first.
+    pub async fn purge(&self, upto: LogId) -> Result<(), PurgeError> {
         self.alive()?;
+        let applied = self.applied.borrow().id;
+        if self.checkpointed.get() < applied.min(Some(upto)) {
+            self.shared.checkpoint().await?;
+        }
         let body = LogPointV1 { id: Some(upto.into()) }.encode_to_vec();
         self.append_or_wait(SpaceClass::Control, RecordKind::Purge, &body, None, &[]).await?;
         self.purge_index(upto);
@@ -188,6 +201,15 @@ impl<E: Env> ReplicaInner<E> {
             false => Ok(()),
         }
     }
+}
+
+/// A purge failed.
+#[derive(Debug, Error)]
+pub(crate) enum PurgeError {
+    #[error(transparent)]
+    Pool(#[from] PoolFailure),
+    #[error("purge waits for a checkpoint, which failed: {0}")]
+    Checkpoint(#[from] CheckpointError),
 }
 
 /// Which reserve an entry may use: what frees space must get through when there is none.

@@ -25,6 +25,9 @@ pub(crate) struct Slot {
     pub blocks: u32,
     /// The payload on this disk is not what was written.
     pub damaged: bool,
+    /// Bytes of the hot stream written before it since the pool was opened: its age. 0 = from
+    /// before.
+    pub born: u64,
 }
 
 impl Slot {
@@ -148,13 +151,14 @@ impl LogIndex {
         removed
     }
 
-    /// The last entry to purge so that what stays is at most `bytes`, none above `applied`.
-    pub fn purge_target(&self, bytes: u64, applied: Option<LogId>) -> Option<LogId> {
+    /// The last entry to purge so that what stays is at most `bytes` and none of it was born before
+    /// `horizon`; none above `applied`.
+    pub fn purge_target(&self, bytes: u64, horizon: u64, applied: Option<LogId>) -> Option<LogId> {
         let applied = applied?;
         let mut left = self.bytes;
         let mut target = None;
         for slot in &self.slots {
-            if left <= bytes || slot.entry.log_id > applied {
+            if (left <= bytes && slot.born >= horizon) || slot.entry.log_id > applied {
                 break;
             }
             left -= slot.charge();
@@ -200,7 +204,8 @@ mod tests {
         let mut index = LogIndex::default();
         for &(term, at) in ids {
             let entry = Entry { log_id: log_id(term, at), payload: EntryPayload::Blank };
-            index.push(Slot { entry, place: Place(0), blocks: 1, damaged: false });
+            let (place, born) = (Place(0), at * 100);
+            index.push(Slot { entry, place, blocks: 1, damaged: false, born });
         }
         index
     }
@@ -230,9 +235,12 @@ mod tests {
     #[test]
     fn purge_target_stops_at_applied() {
         let index = index_of(&[(1, 1), (1, 2), (1, 3), (1, 4)]);
-        assert_eq!(index.purge_target(0, Some(log_id(1, 3))), Some(log_id(1, 3)));
-        assert_eq!(index.purge_target(6 * BLOCK_SIZE_U64, Some(log_id(1, 3))), Some(log_id(1, 1)));
-        assert_eq!(index.purge_target(u64::MAX, Some(log_id(1, 3))), None);
-        assert_eq!(index.purge_target(0, None), None);
+        let target = |bytes, horizon| index.purge_target(bytes, horizon, Some(log_id(1, 3)));
+        assert_eq!(target(0, 0), Some(log_id(1, 3)));
+        assert_eq!(target(6 * BLOCK_SIZE_U64, 0), Some(log_id(1, 1)));
+        assert_eq!(target(u64::MAX, 0), None);
+        assert_eq!(target(u64::MAX, 300), Some(log_id(1, 2)));
+        assert_eq!(target(u64::MAX, 1000), Some(log_id(1, 3)));
+        assert_eq!(index.purge_target(0, 0, None), None);
     }
 }

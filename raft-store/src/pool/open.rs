@@ -88,6 +88,9 @@ async fn recover<E: Env>(
                 .await
                 .map_err(|error| refused(&replica, &format!("install: {error}")))?,
         }
+        if replica.map_lost.get() {
+            replica.suspect();
+        }
         replica.settle();
     }
     Ok(())
@@ -119,14 +122,23 @@ async fn load_replica<E: Env>(
         let io = shared.map_io.clone();
         async move { ExtentMap::load(&root, io, &shared.pages).await.map_err(|e| e.to_string()) }
     };
-    let map = load(saved.map).await?;
+    let (map, lost) = match load(saved.map).await {
+        Ok(map) => (map, saved.map_lost),
+        Err(problem) => {
+            // The log and the vote are whole: the replica stays, and is resynced from nothing.
+            tracing::error!(replica = %descriptor.replica, problem, "extent map is lost");
+            (ExtentMap::new(shared.map_io.clone(), &shared.pages), true)
+        }
+    };
     let replica = ReplicaInner::with_map(shared.clone(), descriptor, slot, map);
+    replica.map_lost.set(lost);
     replica.op.set(saved.op);
     replica.resyncs.set(saved.resyncs);
     if let Some(SuspectV1 { vote_lost, term }) = saved.suspect {
         *replica.health.borrow_mut() = Health::Suspect { vote_lost, term };
     }
     let membership = saved.membership.unwrap_or_default().decode_membership();
+    replica.checkpointed.set(saved.applied.map(Into::into));
     *replica.applied.borrow_mut() = Applied {
         id: saved.applied.map(Into::into),
         membership: membership.map_err(|error| error.to_string())?,

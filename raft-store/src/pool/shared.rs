@@ -5,7 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use ballast_block::geometry::BLOCK_SIZE;
-use ballast_block::limits::{LOG_CACHE_BYTES_MAX, MAP_CACHE_BYTES_MAX, MAP_DELTA_BYTES_MAX};
+use ballast_block::limits::{
+    LOG_CACHE_BYTES_MAX, MAP_CACHE_BYTES_MAX, MAP_DELTA_BYTES_MAX, POOL_RETENTION_BYTES_MAX,
+    RETENTION_SHORT_BYTES,
+};
 use ballast_block::{Payload, ReplicaId};
 use ballast_env::Env;
 use tokio::sync::{Mutex, Notify, watch};
@@ -17,7 +20,7 @@ use crate::pool::map_io::MapIo;
 use crate::pool::{PoolFailure, Space};
 use crate::replica::core::{Map, ReplicaInner};
 use crate::segment::SegmentCounts;
-use crate::stream::{PoolFailed, SpaceClass, StreamSet};
+use crate::stream::{PoolFailed, SpaceClass, StreamId, StreamSet};
 
 /// Shared by the pool's handles and its replicas. Borrows end before an await, always.
 pub(crate) struct Shared<E: Env> {
@@ -39,8 +42,6 @@ pub(crate) struct Shared<E: Env> {
     pub checkpointing: Mutex<()>,
     /// Rung when the keeper has something to look at.
     pub work: Notify,
-    /// An append waits for space.
-    pub starving: Cell<u32>,
     /// Rung when segments became free.
     pub freed: Notify,
     /// Rung when maps merged changes.
@@ -78,7 +79,6 @@ impl<E: Env> Shared<E> {
             abandoned: RefCell::default(),
             checkpointing: Mutex::new(()),
             work: Notify::new(),
-            starving: Cell::new(0),
             freed: Notify::new(),
             merged: Notify::new(),
             failure: streams.failure(),
@@ -134,22 +134,35 @@ impl<E: Env> Shared<E> {
         self.streams.close();
         let replicas = std::mem::take(&mut *self.replicas.borrow_mut());
         for replica in replicas.values() {
-            replica.state_source.borrow_mut().take();
-            replica.resync.borrow_mut().take();
+            let source = replica.state_source.borrow_mut().take();
+            let resync = replica.resync.borrow_mut().take();
+            drop((source, resync));
         }
+    }
+
+    /// How many bytes of log a replica may retain that would like to retain `bytes`, and the age,
+    /// in bytes of the hot stream since the pool was opened, before which it may retain nothing.
+    pub fn retention(&self, bytes: u64) -> (u64, u64) {
+        let most = POOL_RETENTION_BYTES_MAX.min(self.space().total / 8);
+        let all: u64 = self.all().iter().map(|one| one.log.borrow().bytes()).sum();
+        let share = match all > most {
+            true => u64::try_from(u128::from(bytes) * u128::from(most) / u128::from(all))
+                .expect("less than bytes"),
+            false => bytes,
+        };
+        let share = if self.is_short() { share.min(RETENTION_SHORT_BYTES) } else { share };
+        (share, self.streams.stats(StreamId::Hot).bytes.saturating_sub(most))
     }
 
     /// Returns when a segment became free, or the pool failed.
     pub async fn wait_for_space(&self) {
         let mut failure = self.failure.clone();
         let freed = self.freed.notified();
-        self.starving.set(self.starving.get() + 1);
         self.work.notify_one();
         tokio::select! {
             biased;
             () = freed => {}
             _ended = failure.wait_for(Option::is_some) => {}
         }
-        self.starving.set(self.starving.get() - 1);
     }
 }

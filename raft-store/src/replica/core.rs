@@ -51,6 +51,10 @@ pub(crate) struct ReplicaInner<E: Env> {
     pub state_is_restored: Cell<bool>,
     pub health: RefCell<Health>,
     pub dropped: Cell<bool>,
+    /// The extent map could not be loaded; the one here is empty.
+    pub map_lost: Cell<bool>,
+    /// The last entry that the last durable checkpoint has applied.
+    pub checkpointed: Cell<Option<LogId>>,
     pub resync: RefCell<Option<Rc<ResyncState<E>>>>,
     /// Resyncs begun so far.
     pub resyncs: Cell<u64>,
@@ -93,6 +97,8 @@ impl<E: Env> ReplicaInner<E> {
             state_is_restored: Cell::new(true),
             health: RefCell::new(Health::Good),
             dropped: Cell::new(false),
+            map_lost: Cell::new(false),
+            checkpointed: Cell::new(None),
             resync: RefCell::new(None),
             resyncs: Cell::new(0),
         };
@@ -107,6 +113,9 @@ impl<E: Env> ReplicaInner<E> {
 
     /// Keeps the pool's sum of unmerged changes right; call after every change of the map.
     pub fn note_delta(&self) {
+        if self.dropped.get() {
+            return;
+        }
         let resync = self.resync.borrow().as_ref().map_or(0, |resync| resync.map.delta_bytes());
         let now = self.map.borrow().delta_bytes() + resync;
         let total = &self.shared.delta_bytes;

@@ -65,6 +65,12 @@ impl<E: Env> Replica<E> {
         self.inner.health.borrow().clone()
     }
 
+    /// Whether the extent map can't be read: reads fail, and only a resync from
+    /// [`ResyncBase::Empty`] helps. The replica is a suspect until then.
+    pub fn map_lost(&self) -> bool {
+        self.inner.map_lost.get()
+    }
+
     /// Makes a suspect good again: `term` is the term of a leader that has brought its log up,
     /// `commit` that leader's commit index. Kept by the next checkpoint.
     ///
@@ -75,6 +81,9 @@ impl<E: Env> Replica<E> {
         let Health::Suspect { vote_lost, term: known } = *health else { return Ok(()) };
         if vote_lost {
             return Err(ClearSuspectError::VoteLost(self.id()));
+        }
+        if self.inner.map_lost.get() {
+            return Err(ClearSuspectError::MapLost(self.id()));
         }
         if term <= known {
             return Err(ClearSuspectError::OldTerm { term, known });
@@ -224,9 +233,12 @@ impl<E: Env> Replica<E> {
     }
 
     /// The log id to purge up to so that at most `bytes` of applied entries stay retained; `None`
-    /// when there is nothing to purge. The layer above passes it to openraft's purge trigger.
+    /// when there is nothing to purge. The layer above passes it to openraft's purge trigger, for
+    /// idle groups too: fewer bytes may stay when the pool retains too much or is short of space,
+    /// and nothing that lies too far behind the end of the stream (hazard F3).
     pub fn purge_target(&self, bytes: u64) -> Option<LogId> {
-        self.inner.log.borrow().purge_target(bytes, self.applied())
+        let (bytes, horizon) = self.inner.shared.retention(bytes);
+        self.inner.log.borrow().purge_target(bytes, horizon, self.applied())
     }
 
     /// Ids of retained entries whose payload is damaged here: fetch them from a peer (hazard 20).

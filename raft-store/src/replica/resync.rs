@@ -219,8 +219,13 @@ impl<E: Env> ReplicaInner<E> {
         if resync.from_empty {
             let old = self.map.replace(resync.map.clone());
             *self.resync.borrow_mut() = None;
+            self.map_lost.set(false);
             self.note_delta();
-            return self.shared.wipe(&old).await.map_err(problem);
+            if let Err(error) = self.shared.wipe(&old).await {
+                // A damaged page: what only it knew of stays taken.
+                tracing::error!(replica = %self.descriptor.replica, %error, "space is lost");
+            }
+            return Ok(());
         }
         // What was put twice is reported as freed, before its record is gone.
         resync.map.merge(0).await.map_err(problem)?;

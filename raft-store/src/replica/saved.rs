@@ -58,6 +58,9 @@ pub(crate) struct ReplicaV1 {
     /// Resyncs begun so far.
     #[prost(uint64, tag = "14")]
     pub resyncs: u64,
+    /// The extent map can't be read: only a resync from nothing helps.
+    #[prost(bool, tag = "15")]
+    pub map_lost: bool,
 }
 
 /// A suspect's state.
@@ -131,7 +134,8 @@ impl Packed {
             None => (self.blocks > 0).then_some(WriteData::Stored),
         };
         let entry = entry::decode(&self.header, data)?;
-        Ok(Slot { entry, place: self.place, blocks: self.blocks, damaged: self.damaged })
+        let Self { place, blocks, damaged, .. } = self;
+        Ok(Slot { entry, place, blocks, damaged, born: 0 })
     }
 }
 
@@ -188,6 +192,7 @@ mod tests {
                 place: Place(9),
                 blocks,
                 damaged: index == 1,
+                born: 0,
             };
             pack(&slot, &mut out);
             slots.push(slot);

@@ -91,6 +91,9 @@ pub enum ReadError {
     /// The replica was dropped.
     #[error("{0} was dropped")]
     Dropped(ReplicaId),
+    /// Its extent map was damaged when the pool was opened.
+    #[error("the extent map of {0} can't be read: resync it from nothing")]
+    MapLost(ReplicaId),
     /// The difference reaches too far back: what was trimmed since is forgotten.
     #[error("no difference since {since} any more, only since {floor}: resync from nothing")]
     DiffTooOld {
@@ -133,6 +136,9 @@ pub enum ClearSuspectError {
     /// Its vote may be lost.
     #[error("the vote of {0} may be lost: replace it by a replica with a new id")]
     VoteLost(ReplicaId),
+    /// Its extent map is lost.
+    #[error("the extent map of {0} can't be read: resync it from nothing first")]
+    MapLost(ReplicaId),
     /// The leader's term is not newer than what the replica knew when it was opened.
     #[error("a leader of a term above {known} must bring it up; this one has {term}")]
     OldTerm {
