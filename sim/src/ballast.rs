@@ -132,11 +132,9 @@ impl System for Ballast {
 
     async fn prepare(&self, world: &World) {
         let first = NodeId(1);
-        loop {
-            match self.running(first) {
-                Some(node) if node.is_ready() => break,
-                _ => world.sleep_ms(20).await,
-            }
+        let ready = |id| self.running(id).is_some_and(|node| node.is_ready());
+        while !self.nodes().all(ready) {
+            world.sleep_ms(20).await;
         }
         let done = Rc::new(Cell::new(0));
         let (created, this) = (done.clone(), self.clone());

@@ -126,23 +126,37 @@ fn one(seed: u64, options: &Options) -> ExitCode {
         println!("seed {seed} FAILED hung for {limit:?} of real time");
         std::process::exit(3);
     });
-    let report = match options.run.system {
-        SystemName::Node => report(Ballast::new(seed, Sizes::default()), seed, options),
-        SystemName::Toy => report(Toy::new(options.run.planted()), seed, options),
+    let of_run = options.run.clone();
+    let verbose = options.verbose;
+    // On a thread of its own: hash maps that logging or arguments made have drawn from this
+    // thread's random state, and with them the run would be another.
+    let run = std::thread::spawn(move || match of_run.system {
+        SystemName::Node => {
+            report(Ballast::new(seed, Sizes::default()), seed, of_run.steps, verbose)
+        }
+        SystemName::Toy => report(Toy::new(of_run.planted()), seed, of_run.steps, verbose),
+    });
+    let failure = match run.join() {
+        Ok(report) => {
+            println!("{report}");
+            let Some(failure) = &report.failure else { return ExitCode::SUCCESS };
+            report.tail.iter().for_each(|line| eprintln!("{line}"));
+            failure.to_string()
+        }
+        Err(panic) => {
+            println!("seed {seed} FAILED by a panic");
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("(no text)").to_owned()
+        }
     };
-    println!("{report}");
-    let Some(failure) = &report.failure else { return ExitCode::SUCCESS };
-    for line in &report.tail {
-        eprintln!("{line}");
-    }
     println!("seed {seed}: {failure}");
     println!("replay: simulate --seed {seed} {}", options.run.arguments().join(" "));
     ExitCode::FAILURE
 }
 
-fn report(system: impl System, seed: u64, options: &Options) -> Report {
-    let plan = Plan::of(seed, options.run.steps, system.request_blocks_max());
-    simulate(system, seed, plan, options.verbose)
+fn report(system: impl System, seed: u64, steps: Option<u64>, verbose: bool) -> Report {
+    let plan = Plan::of(seed, steps, system.request_blocks_max());
+    simulate(system, seed, plan, verbose)
 }
 
 fn many(options: &Options) -> ExitCode {
