@@ -264,7 +264,7 @@ class Ours(Target):
         endpoint = self.nodes()[0]["grpc"]
         for number in range(count):
             run([str(self.arguments.binaries / "ballastctl"), "--endpoint", endpoint, "volume",
-                 "create", f"idle-{number}", "--size", "64MiB"])
+                 "create", f"idle-{number}", "--size", "64MiB", "--wait"])
 
     def fio_options(self):
         return ["--ioengine=nbd", f"--uri={self.uri}"]

@@ -89,7 +89,7 @@ fn ballastctl_speaks_to_people_and_programs() {
     assert!(ctl(&["volume", "list"]).contains("second"));
     ctl(&["volume", "delete", "second", "--yes"]);
     until_true("the end of the volume", 30, || !ctl(&["volume", "list"]).contains("second"));
-    ctl(&["volume", "move-leader", "demo", "3"]);
+    ctl(&["volume", "move-leader", "demo", "--node", "3"]);
     assert_eq!(cluster.leader("demo"), 3);
 }
 

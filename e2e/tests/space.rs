@@ -25,7 +25,7 @@ fn fill(uri: &str, runs: u64) -> u64 {
 #[test]
 fn a_full_pool_refuses_writes_loses_nothing_and_recovers() {
     let cluster = Cluster::with("full", &small_pools(256, 512));
-    cluster.ballastctl(1, &["volume", "create", "filler", "--size", "1GiB"]);
+    cluster.ballastctl(1, &["volume", "create", "filler", "--size", "1GiB", "--wait"]);
     cluster.wait_in_sync("filler");
     let uri = cluster.uri(1);
     let load = ["--expect-zeroes", "--span-mib", "32", "--allow-no-space"];
