@@ -20,6 +20,9 @@ const READY: u64 = 60;
 /// Bytes per MiB.
 pub const MIB: u64 = 1 << 20;
 
+/// Pools are allocated in full: more than most tests write, and no more.
+const POOL_SIZE: &str = "1536MiB";
+
 /// How to start.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -365,6 +368,12 @@ impl Drop for Cluster {
         for pid in process::with_argument_below(&self.data()) {
             process::kill_and_wait(pid);
         }
+        // What stays of a failed test are its logs, not gigabytes; unless they are wanted.
+        if std::env::var_os("BALLAST_E2E_KEEP").is_none() {
+            for node in 1..=5 {
+                let _ = std::fs::remove_file(self.data().join(format!("node-{node}/pool")));
+            }
+        }
     }
 }
 
@@ -374,6 +383,9 @@ fn start_dev(scratch: &Scratch, options: &Options) -> Running {
     let volume = format!("demo={}MiB", options.volume_mib);
     let mut command = vec![program.as_str(), "dev", "--data", &data, "--nodes", &nodes];
     command.extend(["--volume", &volume]);
+    if !options.more.iter().any(|word| word == "--pool-size") {
+        command.extend(["--pool-size", POOL_SIZE]);
+    }
     command.extend(options.more.iter().map(String::as_str));
     Running::start(&scratch.path().join("dev.log"), &command, false)
 }
