@@ -4,13 +4,13 @@
 #
 #   test-long.sh [STAGE...]     processes, simulator, fuzz (all)
 #
-# Environment: BALLAST_SIM_SECONDS   how long to simulate (3600)
+# Environment: BALLAST_SIM_HOURS     how long to simulate (1)
 #              BALLAST_FUZZ_SECONDS  how long to fuzz each target (600)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 logs=target/test-logs/long
-sim_seconds=${BALLAST_SIM_SECONDS:-3600}
+sim_hours=${BALLAST_SIM_HOURS:-1}
 fuzz_seconds=${BALLAST_FUZZ_SECONDS:-600}
 stages=("$@")
 ((${#stages[@]})) || stages=(processes simulator fuzz)
@@ -37,8 +37,10 @@ processes() {
 }
 
 simulator() {
-    stage simulator env BALLAST_SIM_SECONDS="$sim_seconds" \
-        cargo test --profile sim -p ballast-sim --locked -- --nocapture
+    stage sim-build cargo build --profile sim -p ballast-sim --bin simulate --locked
+    # Other seeds than last time; a failed one prints the command that replays it.
+    stage simulator target/sim/simulate --hours "$sim_hours" --jobs "$(nproc)" --first "$(date +%s)"
+    stage million-steps target/sim/simulate --seed "$(date +%s)" --steps 1000000 --limit 7200
 }
 
 fuzz() {

@@ -5,12 +5,15 @@
 #   test.sh [STAGE...]     only these stages (names as printed)
 #
 # Environment: BALLAST_TEST_LIMIT  seconds for everything together (2400)
+#              BALLAST_SIM_SEEDS   how many fixed seeds to simulate (20)
 #              BALLAST_SIM_SEED    an additional simulator seed (derived from the commit)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 limit=${BALLAST_TEST_LIMIT:-2400}
 logs=target/test-logs
+# Seeds of the simulator that are always the same: 0 and up.
+fixed_seeds=${BALLAST_SIM_SEEDS:-20}
 only=("$@")
 passed=0 failed=0 current=
 mkdir -p "$logs"
@@ -70,6 +73,18 @@ test_stage() {
     ((good > 0)) || { echo "$1 executed no test"; return 1; }
 }
 
+# Whole simulated clusters: one line a seed; a failed one prints the command that replays it.
+seeds_stage() {
+    local name=$1 rc=0 good
+    wanted "$name" || return 0
+    shift
+    stage "$name" target/debug/simulate "$@" || rc=$?
+    good=$(grep -cE '^seed [0-9]+ (ok|passed)' "$logs/$name.log" || true)
+    passed=$((passed + good))
+    ((rc == 0)) || { grep -E 'FAILED|^replay' "$logs/$name.log" || true; return "$rc"; }
+    ((good > 0)) || { echo "$name ran no seed"; return 1; }
+}
+
 # A number below 2^32 that is the same for everybody who has this commit.
 commit_seed() { printf '%d' "0x$(git rev-parse HEAD | cut -c 1-8)"; }
 
@@ -87,7 +102,8 @@ test_stage unit cargo test --workspace --locked --exclude ballast-tidy --exclude
 echo "simulator seed of this commit: BALLAST_SIM_SEED=$BALLAST_SIM_SEED"
 test_stage simulator cargo test -p ballast-sim --locked
 stage programs cargo build --workspace --bins --locked
+seeds_stage fixed-seeds --seeds "0..$fixed_seeds" --jobs 2
+seeds_stage commit-seed --seed "$BALLAST_SIM_SEED"
 # One at a time: each wants the machine's two cores, and some measure stalls.
-# The tests of Ballast itself join when the daemon serves volumes.
-test_stage processes cargo test -p ballast-e2e --locked --lib --test peers -- --test-threads=1
+test_stage processes cargo test -p ballast-e2e --locked -- --test-threads=1
 current=
