@@ -253,7 +253,7 @@ mod tests {
         let settings = crate::settings::Settings::check(file).unwrap();
         let minimal = example().split("[listen]").next().unwrap().to_owned()
             + "\n[[nodes]]"
-            + example().split_once("[[nodes]]").unwrap().1;
+            + example().split_once("\n[[nodes]]").unwrap().1;
         let plain = crate::settings::Settings::check(toml::from_str(&minimal).unwrap()).unwrap();
         assert_eq!(plain.node.raft, settings.node.raft);
         assert_eq!(plain.node.retention_bytes, settings.node.retention_bytes);
