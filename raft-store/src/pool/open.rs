@@ -251,6 +251,9 @@ async fn read_votes<E: Env>(shared: &Rc<Shared<E>>, suspects: &BTreeMap<ReplicaI
         };
         let mut log = replica.log.borrow_mut();
         log.vote = later_vote(log.vote, second);
+        // A hint that outlived the entries it speaks of says nothing.
+        let held = log.last().max(replica.applied.borrow().id);
+        log.committed = log.committed.min(held);
         let term = log.vote.map_or(0, |vote| vote.leader_id.term);
         let last_term = log.last().map_or(0, |last| crate::types::term_of(&last));
         let mut health = replica.health.borrow_mut();
@@ -290,11 +293,12 @@ impl<E: Env> ReplicaInner<E> {
         }
         let slot = self.unpacked(packed).await?;
         let id = slot.entry.log_id;
-        let last = self.log.borrow().last();
-        if let Some(last) = last.filter(|last| id.index != last.index + 1) {
-            // Between records of which none is lost this can't be: openraft's log has no holes.
+        let next = self.log.borrow().last().map_or(0, |last| last.index + 1);
+        if id.index != next {
+            // Between records of which none is lost this can't be: openraft's log has no holes, and
+            // starts at 0.
             self.suspect();
-            if id.index > last.index {
+            if id.index > next {
                 return Ok(());
             }
             let keep = {
