@@ -14,8 +14,8 @@ pub fn text(folder: &Folder, description: &Description) -> String {
     let (ballastd, ballastctl) = (program.display().to_string(), near("ballastctl"));
     let data = folder.path().display();
     let count = description.nodes.len();
-    let nodes = if count == 1 { "1 node runs".to_owned() } else { format!("{count} nodes run") };
-    let mut text = format!("\nA cluster of {nodes}; {data} keeps it.\n\n");
+    let nodes = if count == 1 { "1 node".to_owned() } else { format!("{count} nodes") };
+    let mut text = format!("\nA cluster of {nodes} runs; {data} keeps it.\n\n");
     for node in &description.nodes {
         let pid = node.pid.map_or("-".to_owned(), |pid| pid.to_string());
         text.push_str(&format!(
