@@ -140,10 +140,17 @@ pub fn send(pid: u32, signal: Signal) {
 }
 
 /// Whether a process runs; one that is dead and not yet reaped does not.
+///
+/// Its first thread may be dead while others still hold its files and locks: then it still runs.
 pub fn is_alive(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
-    !matches!(state, None | Some('Z' | 'X'))
+    let threads = || fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    match state {
+        None => false,
+        Some('Z' | 'X') => threads() > 1,
+        Some(_) => true,
+    }
 }
 
 /// SIGKILL, and back when the process is gone with all that it held open.
