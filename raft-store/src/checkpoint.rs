@@ -36,6 +36,7 @@ impl<E: Env> Shared<E> {
     pub async fn checkpoint(&self) -> Result<(), CheckpointError> {
         let _one = self.checkpointing.lock().await;
         self.check()?;
+        self.wipe_abandoned().await?;
         let streams = self.streams.freeze();
         let dropped = self.dropped.borrow().iter().map(|id| id.0).collect();
         let frozen: Vec<Frozen<E>> = self.all().into_iter().map(ReplicaInner::freeze).collect();

@@ -25,8 +25,8 @@ use crate::format::SegmentNumber;
 use crate::format::batch::{Batch, BatchRecord};
 use crate::map::{MapError, Move, ROOT_BRANCH};
 use crate::place::Place;
-use crate::pool::CheckpointError;
 use crate::pool::shared::{Shared, count};
+use crate::pool::{CheckpointError, PoolFailure};
 use crate::replica::core::{Map, ReplicaInner};
 use crate::replica::record::{MovedEntryV1, MovedV1};
 use crate::segment::Victim;
@@ -64,11 +64,6 @@ impl<E: Env> Shared<E> {
         if self.delta_bytes.get() > MAP_DELTA_BYTES_MAX / 2 && self.merge_some().await {
             return Ok(true);
         }
-        let abandoned = self.abandoned.borrow_mut().pop();
-        if let Some(map) = abandoned {
-            self.wipe(&map).await.map_err(|error| map_failed(ReplicaId(0), &error))?;
-            return Ok(true);
-        }
         if self.wants_checkpoint() {
             self.checkpoint().await?;
             return Ok(true);
@@ -84,6 +79,7 @@ impl<E: Env> Shared<E> {
     pub fn wants_checkpoint(&self) -> bool {
         let dirty = || self.all().iter().map(|one| one.map().dirty_bytes()).sum::<usize>();
         self.streams.log_since_checkpoint() >= CHECKPOINT_LOG_BYTES
+            || !self.abandoned.borrow().is_empty()
             || dirty() >= MAP_DIRTY_BYTES_MAX
     }
 
@@ -159,10 +155,17 @@ impl<E: Env> Shared<E> {
         outcome
     }
 
-    /// Frees all that a map refers to; nothing uses the map any more.
-    pub async fn wipe(&self, map: &Map<E>) -> Result<(), MapError> {
-        map.retire_branch(ROOT_BRANCH);
-        map.merge(0).await
+    /// Frees all that abandoned maps refer to. Part of a checkpoint, before its freeze: one that
+    /// knows such a map no more knows its space as free.
+    pub async fn wipe_abandoned(&self) -> Result<(), PoolFailure> {
+        loop {
+            let Some(map) = self.abandoned.borrow_mut().pop() else { return Ok(()) };
+            if let Err(error) = wipe(&map).await {
+                self.check()?;
+                // A damaged page: what only it knew of stays taken.
+                tracing::error!(%error, "space of a dropped map is lost");
+            }
+        }
     }
 
     /// Moves what lives in a segment to the cold stream. Answers whether all of it moved.
@@ -214,6 +217,14 @@ impl<E: Env> Shared<E> {
 
 fn map_failed(replica: ReplicaId, error: &MapError) -> CheckpointError {
     CheckpointError::Map { replica, problem: error.to_string() }
+}
+
+async fn wipe<E: Env>(map: &Map<E>) -> Result<(), MapError> {
+    map.retire_branch(ROOT_BRANCH);
+    map.merge(0).await?;
+    // Its pages are reported as free by a root that does without them.
+    map.write_frozen(map.freeze()).await?;
+    Ok(())
 }
 
 /// The first block of the volume that a record's payload is of, and the checksums of its blocks.

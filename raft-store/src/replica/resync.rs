@@ -221,10 +221,8 @@ impl<E: Env> ReplicaInner<E> {
             *self.resync.borrow_mut() = None;
             self.map_lost.set(false);
             self.note_delta();
-            if let Err(error) = self.shared.wipe(&old).await {
-                // A damaged page: what only it knew of stays taken.
-                tracing::error!(replica = %self.descriptor.replica, %error, "space is lost");
-            }
+            self.shared.abandoned.borrow_mut().push(old);
+            self.shared.work.notify_one();
             return Ok(());
         }
         // What was put twice is reported as freed, before its record is gone.
