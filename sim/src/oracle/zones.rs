@@ -90,8 +90,9 @@ pub(crate) fn check(writes: &[BlockWrite], reads: &[BlockRead]) -> Result<(), Wr
     }
     // What nobody saw and nobody was promised may never have happened.
     zones.retain(|zone| zone.first_end != u64::MAX);
+    let zeroes = Zeroes::of(writes, &zones);
     for read in reads.iter().filter(|read| read.saw.is_none()) {
-        check_zeroes(writes, &zones, read)?;
+        zeroes.check(read)?;
     }
     check_zones(&mut zones)
 }
@@ -120,19 +121,42 @@ fn check_zones(zones: &mut [Zone]) -> Result<(), Wrong> {
     Ok(())
 }
 
-/// Whether zeroes have a source that was not surely overwritten before `read` began.
-fn check_zeroes(writes: &[BlockWrite], zones: &[Zone], read: &BlockRead) -> Result<(), Wrong> {
-    let overwrote = |source: u64| {
-        let data = zones.iter().filter(|zone| !zone.zeroes);
-        data.into_iter().find(|zone| zone.began > source && zone.first_end < read.began)
-    };
-    // The volume began as zeroes, at time 0.
-    let Some(newer) = overwrote(0) else { return Ok(()) };
-    let sources = writes.iter().filter(|write| write.zeroes && !write.refused);
-    for source in sources.filter(|source| source.began <= read.ended) {
-        if overwrote(source.in_effect).is_none() {
-            return Ok(());
+/// What decides whether a read may have seen zeroes.
+struct Zeroes {
+    /// Writes of data by when they were surely in effect; with each, which of those so far began
+    /// last.
+    overwrites: Vec<(u64, u64, WriteId)>,
+    /// Writes of zeroes by their begin; with each, until when one of those so far may have happened.
+    sources: Vec<(u64, u64)>,
+}
+
+impl Zeroes {
+    fn of(writes: &[BlockWrite], zones: &[Zone]) -> Self {
+        let mut data: Vec<&Zone> = zones.iter().filter(|zone| !zone.zeroes).collect();
+        data.sort_by_key(|zone| zone.first_end);
+        let mut last = (0, WriteId(0));
+        let overwrites = data.iter().map(|zone| {
+            last = last.max((zone.began, zone.id));
+            (zone.first_end, last.0, last.1)
+        });
+        let overwrites = overwrites.collect();
+        let mut until = 0;
+        let sources = writes.iter().filter(|write| write.zeroes && !write.refused).map(|write| {
+            until = until.max(write.in_effect);
+            (write.began, until)
+        });
+        Self { overwrites, sources: sources.collect() }
+    }
+
+    /// Zeroes need a source that nothing surely overwrote before `read` began.
+    fn check(&self, read: &BlockRead) -> Result<(), Wrong> {
+        let before = self.overwrites.partition_point(|(first_end, ..)| *first_end < read.began);
+        // The volume began as zeroes.
+        let Some((_, last_began, newer)) = self.overwrites[..before].last() else { return Ok(()) };
+        let begun = self.sources.partition_point(|(began, _)| *began <= read.ended);
+        match self.sources[..begun].last() {
+            Some((_, until)) if until >= last_began => Ok(()),
+            _ => Err(Wrong::StaleZeroes { newer: *newer }),
         }
     }
-    Err(Wrong::StaleZeroes { newer: newer.id })
 }
