@@ -3,4 +3,5 @@
 #![deny(missing_docs)]
 
 pub mod nbd;
+pub mod peer;
 pub mod store;
