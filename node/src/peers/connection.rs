@@ -60,6 +60,7 @@ struct State {
 pub struct Connection {
     state: Rc<RefCell<State>>,
     closing: Rc<tokio::sync::Notify>,
+    drained: Rc<tokio::sync::Notify>,
 }
 
 impl Connection {
@@ -73,7 +74,7 @@ impl Connection {
             closed: false,
             last_heard: now,
         };
-        Self { state: Rc::new(RefCell::new(state)), closing: Rc::default() }
+        Self { state: Rc::new(RefCell::new(state)), closing: Rc::default(), drained: Rc::default() }
     }
 
     /// Queues a frame.
@@ -94,6 +95,20 @@ impl Connection {
             writer.wake();
         }
         Ok(())
+    }
+
+    /// Queues a frame once there is room for it.
+    ///
+    /// # Errors
+    /// [`PeerError::ConnectionEnded`].
+    pub async fn send_in_turn(&self, frame: Frame) -> Result<(), PeerError> {
+        loop {
+            let drained = self.drained.notified();
+            match self.send(frame.clone()) {
+                Err(PeerError::QueueFull) => drained.await,
+                sent => return sent,
+            }
+        }
     }
 
     /// Sends a call and waits for its answer.
@@ -189,6 +204,7 @@ impl Connection {
             }
         }
         self.closing.notify_waiters();
+        self.drained.notify_waiters();
     }
 
     /// Whether it was closed.
@@ -217,7 +233,7 @@ impl Connection {
                     return std::task::Poll::Pending;
                 }
                 match state.out.poll_write(writer, context) {
-                    std::task::Poll::Ready(Ok(())) => {}
+                    std::task::Poll::Ready(Ok(())) => self.drained.notify_waiters(),
                     other => return other,
                 }
             }

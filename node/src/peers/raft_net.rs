@@ -307,7 +307,9 @@ impl<E: Env> OpenStream<E> {
                 }
                 shared.sent.set(shared.sent.get() + 1);
                 let frame = Frame { body, payload, ..template.clone() };
-                if let Err(error) = out.send(frame) {
+                // In turn: a follower that catches up is as slow as its disk, and no reason to start
+                // over. One that hangs is told by the progress limit or its silence.
+                if let Err(error) = out.send_in_turn(frame).await {
                     *shared.error.borrow_mut() = Some(error);
                     break;
                 }
