@@ -33,10 +33,10 @@ fn volumes_that_cannot_be_are_refused() {
         ("a slash in the name", &["a/b", "--size", "1GiB"][..], "a/b"),
         ("an empty name", &["", "--size", "1GiB"], "name"),
         ("size 0", &["x", "--size", "0"], "size"),
-        ("a size that is no multiple", &["x", "--size", "4097"], "multiple"),
+        ("a size that is no multiple", &["x", "--size", "4097B"], "multiple"),
         ("more replicas than nodes", &["x", "--size", "1GiB", "--replicas", "5"], "replicas"),
         ("an even number of replicas", &["x", "--size", "1GiB", "--replicas", "2"], "replicas"),
-        ("a size beyond all limits", &["x", "--size", "99999999TiB"], "size"),
+        ("a size beyond all limits", &["x", "--size", "9000TiB"], "size"),
         ("another size of a volume that is", &["demo", "--size", "2GiB"], "demo"),
     ] {
         assert_refused(what, &ctl(&cluster, &[&["volume", "create"], arguments].concat()), names);
@@ -97,14 +97,14 @@ fn damaged_and_foreign_disks_are_refused_and_not_touched() {
     damage(
         "a foreign disk",
         "truncate -s 0 POOL && truncate -s 64M POOL && mkfs.ext4 -q -F POOL",
-        "magic",
+        "superblock",
     );
-    damage("a disk cut short", "truncate -s 2048 POOL", "size");
+    damage("a disk cut short", "truncate -s 2048 POOL", "pool");
     damage(
         "zeroes at both ends",
         "dd if=/dev/zero of=POOL bs=1M count=1 conv=notrunc status=none; \
         dd if=/dev/zero of=POOL bs=1M seek=$(( $(stat -c %s POOL) / 1048576 - 1 )) count=1 conv=notrunc status=none",
-        "magic",
+        "superblock",
     );
     run("cp", &["--sparse=always", &good, &path]);
     cluster.restart(3);
