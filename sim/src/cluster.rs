@@ -164,7 +164,7 @@ impl<S: System> Cluster<S> {
         nemesis.mend();
         self.liveness().await?;
         self.read_back("read back").await?;
-        self.power_loss().await?;
+        self.power_loss(nemesis.rotten()).await?;
         self.compare().await
     }
 
@@ -248,13 +248,18 @@ impl<S: System> Cluster<S> {
     }
 
     /// Guarantees **recoverable** and **durable-on-majority**.
-    async fn power_loss(&self) -> Result<(), Failure> {
+    ///
+    /// A majority must be enough; the node left off is the rotten one, if there is one: two
+    /// replicas may be away or damaged only where five were kept.
+    async fn power_loss(&self, rotten: Option<NodeId>) -> Result<(), Failure> {
         for node in &self.nodes {
             self.world.machine(*node).expect("a node").crash(Crash::PowerLoss);
         }
         let rng = self.world.rng("majority", 0);
         let mut left = self.nodes.clone();
-        left.remove(rng.below(left.len() as u64) as usize);
+        let random = rng.below(left.len() as u64) as usize;
+        let away = rotten.and_then(|rotten| left.iter().position(|node| *node == rotten));
+        left.remove(away.unwrap_or(random));
         for node in &left {
             start_if_down(&self.system, &self.world, *node);
         }

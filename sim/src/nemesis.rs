@@ -91,6 +91,8 @@ pub struct Nemesis<S> {
     rng: Rng,
     /// The one node of the run whose disk may rot.
     rotten: NodeId,
+    /// Whether it did.
+    has_rotted: Cell<bool>,
     calm: Cell<bool>,
     made: Cell<u64>,
 }
@@ -106,8 +108,8 @@ impl<S: System> Nemesis<S> {
     ) -> Self {
         let rng = world.rng("nemesis", 0);
         let rotten = *rng.pick(&nodes);
-        let (calm, made) = (Cell::new(false), Cell::new(0));
-        Self { system, world, nodes, hosts, faults, rng, rotten, calm, made }
+        let (has_rotted, calm, made) = (Cell::new(false), Cell::new(false), Cell::new(0));
+        Self { system, world, nodes, hosts, faults, rng, rotten, has_rotted, calm, made }
     }
 
     /// Makes faults until [`Nemesis::mend`] is called.
@@ -224,10 +226,16 @@ impl<S: System> Nemesis<S> {
         }
     }
 
+    /// The node whose disk has rotted: with it, the run's budget of damaged nodes is spent.
+    pub fn rotten(&self) -> Option<NodeId> {
+        self.has_rotted.get().then_some(self.rotten)
+    }
+
     fn rot(&self) {
         let Some(pool): Option<PathBuf> = self.system.pool() else { return };
         let disk = self.world.disk(self.rotten);
         let hit = disk.rot_any(&pool);
+        self.has_rotted.set(self.has_rotted.get() || hit.is_some());
         self.world.note(format!("{} rots at {hit:?}", self.rotten));
     }
 
