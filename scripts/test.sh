@@ -4,13 +4,13 @@
 #
 #   test.sh [STAGE...]     only these stages (names as printed)
 #
-# Environment: BALLAST_TEST_LIMIT  seconds for everything together (2400)
+# Environment: BALLAST_TEST_LIMIT  seconds for everything together (4800)
 #              BALLAST_SIM_SEEDS   how many fixed seeds to simulate (50)
 #              BALLAST_SIM_SEED    an additional simulator seed (derived from the commit)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-limit=${BALLAST_TEST_LIMIT:-2400}
+limit=${BALLAST_TEST_LIMIT:-4800}
 logs=target/test-logs
 # Seeds of the simulator that are always the same: 0 and up.
 fixed_seeds=${BALLAST_SIM_SEEDS:-50}
@@ -85,6 +85,40 @@ seeds_stage() {
     ((good > 0)) || { echo "$name ran no seed"; return 1; }
 }
 
+# Builds the tests of the whole workspace and notes what was built: folder and executable.
+build_tests() {
+    cargo test --workspace --locked --no-run --message-format=json-render-diagnostics \
+        >"$logs/built.json" || return
+    jq -r 'select(.reason == "compiler-artifact" and .profile.test and .executable != null)
+           | [(.manifest_path | split("/") | .[-2]), .executable] | @tsv' \
+        "$logs/built.json" >"$logs/executables"
+    [[ -s $logs/executables ]]
+}
+export -f build_tests
+export logs
+
+# Runs the tests of the folders that match, as cargo would: each in its package's folder.
+run_tests() {
+    local wanted=$1 folder executable rc=0
+    shift
+    while IFS=$'\t' read -r folder executable; do
+        [[ $folder =~ $wanted ]] || continue
+        echo "     Running $folder: $(basename "$executable")"
+        (cd "$folder" && CARGO_MANIFEST_DIR=$PWD CARGO=$(command -v cargo) "$executable" "$@" </dev/null) ||
+            rc=1
+    done <"$logs/executables"
+    return "$rc"
+}
+export -f run_tests
+
+# run_stage NAME FOLDERS [ARGUMENTS OF THE TESTS...]
+run_stage() {
+    local name=$1
+    shift
+    # shellcheck disable=SC2016
+    test_stage "$name" bash -c 'run_tests "$@"' run_tests "$@"
+}
+
 # A number below 2^32 that is the same for everybody who has this commit.
 commit_seed() { printf '%d' "0x$(git rev-parse HEAD | cut -c 1-8)"; }
 
@@ -97,13 +131,15 @@ stage dependencies cargo deny check --hide-inclusion-graph bans licenses sources
 stage clippy cargo clippy --workspace --all-targets --locked -- -D warnings
 stage docs env RUSTDOCFLAGS='-D warnings' \
     cargo doc --workspace --no-deps --document-private-items --locked
-test_stage unit cargo test --workspace --locked --exclude ballast-tidy --exclude ballast-sim \
-    --exclude ballast-e2e
-echo "simulator seed of this commit: BALLAST_SIM_SEED=$BALLAST_SIM_SEED"
-test_stage simulator cargo test -p ballast-sim --locked
+# Everything is built by two commands that select the whole workspace: any other selection would
+# unify other features and build the dependencies again.
 stage programs cargo build --workspace --bins --locked
+stage tests-built bash -c build_tests
+run_stage unit '^(block|env|raft-store|volume|cluster|nbd|nvme-tcp|node|api|daemon|tools|csi-shim|benches)$'
+echo "simulator seed of this commit: BALLAST_SIM_SEED=$BALLAST_SIM_SEED"
+run_stage simulator '^sim$'
 seeds_stage fixed-seeds --seeds "0..$fixed_seeds" --jobs 2
 seeds_stage commit-seed --seed "$BALLAST_SIM_SEED"
 # One at a time: each wants the machine's two cores, and some measure stalls.
-test_stage processes cargo test -p ballast-e2e --locked -- --test-threads=1
+run_stage processes '^e2e$' --test-threads=1
 current=

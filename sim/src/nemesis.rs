@@ -21,7 +21,7 @@ use crate::world::World;
 pub struct Faults {
     /// Mean time between two faults in milliseconds; 0: no faults.
     pub every_ms: u64,
-    /// Weights of [`FAULTS`], in its order.
+    /// Weights of `FAULTS`, in its order.
     pub weights: Vec<u64>,
 }
 

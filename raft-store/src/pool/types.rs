@@ -44,7 +44,7 @@ pub struct RecoveryReport {
     /// A torn, never acknowledged tail was dropped.
     pub torn_tail: bool,
     /// Replicas that may have lost something that they acknowledged (hazard F6): see
-    /// [`Replica::health`].
+    /// `Replica::health`.
     pub suspects: Vec<ReplicaId>,
     /// Log entries that are known but whose payload is damaged on this disk, all replicas.
     pub damaged_entries: u64,

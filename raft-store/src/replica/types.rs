@@ -15,7 +15,7 @@ pub enum Health {
     /// It holds everything that it ever acknowledged.
     Good,
     /// It may have lost acknowledged entries: it must not vote, campaign or have its acks counted
-    /// until [`Replica::clear_suspect`] succeeds.
+    /// until `Replica::clear_suspect` succeeds.
     Suspect {
         /// Its vote may be lost too: it never becomes good again; replace it under a new id.
         vote_lost: bool,
@@ -72,7 +72,7 @@ pub struct DamagedBlock {
 #[derive(Clone, Debug, Error)]
 pub enum ReadError {
     /// Bytes on this disk are not what was written: fetch them from a peer, then
-    /// [`Replica::repair`] and read again.
+    /// `Replica::repair` and read again.
     #[error("{} blocks of {replica} are damaged on this disk", blocks.len())]
     Damaged {
         /// Whose.
