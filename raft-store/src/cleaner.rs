@@ -86,8 +86,10 @@ impl<E: Env> Shared<E> {
     /// Whether free space is so little that cleaning pays.
     pub fn is_short(&self) -> bool {
         let counts = self.streams.segments().counts();
-        // One twentieth: cleaning starts before leaders run out of credit, not long before.
-        counts.free_normal < (counts.total / 20).max(VICTIMS_AT_ONCE as u32)
+        // A quarter: leaders stop at a sixteenth of the pool's bytes, counted as what surely fits,
+        // which is an eighth of its segments when those are small. Cleaning must start well before,
+        // or nothing would ever make room again.
+        counts.free_normal < (counts.total / 4).max(VICTIMS_AT_ONCE as u32)
     }
 
     /// Frees segments: first by what is dead already, then by moving what lives.
