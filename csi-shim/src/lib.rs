@@ -1,1 +1,1 @@
-//! To be written.
+//! The CSI driver. Empty so far: nothing here is supported yet.

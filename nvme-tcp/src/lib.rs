@@ -1,1 +1,1 @@
-//! To be written.
+//! NVMe/TCP sessions. Empty so far: nothing here is supported yet.

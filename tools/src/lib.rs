@@ -1,1 +1,1 @@
-//! To be written.
+//! What the command line tools share; nothing so far.
