@@ -294,6 +294,7 @@ impl<E: Env> VolumeClient<E> {
         let request = self.request();
         let start = self.inner.env.now();
         let mut pause = RETRY_PAUSE_MIN;
+        let mut perhaps_proposed = false;
         loop {
             let target = self.target();
             match self.attempt(target, request.number, &operation).await {
@@ -301,11 +302,17 @@ impl<E: Env> VolumeClient<E> {
                     self.leader.set(Some(target));
                     return Ok(reply);
                 }
+                // ENOSPC says "not written"; an attempt before this one may still be (hazard F10).
+                Err(ExecuteError::Failed(IoError::NoSpace)) if perhaps_proposed => {}
                 Err(ExecuteError::Failed(error)) => return Err(error),
                 Err(ExecuteError::NotLeader { hint: Some(hint) }) if hint != target => {
+                    perhaps_proposed = true;
                     self.leader.set(Some(hint));
                 }
-                Err(_) => self.leader.set(None),
+                Err(_) => {
+                    perhaps_proposed = true;
+                    self.leader.set(None);
+                }
             }
             self.check_on(start)?;
             self.inner.env.sleep(pause).await;

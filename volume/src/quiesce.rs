@@ -10,6 +10,7 @@ use std::time::Duration;
 use ballast_block::NodeId;
 use ballast_env::Env;
 use ballast_env::clock::Instant;
+use ballast_raft_store::replica::Health;
 use openraft::async_runtime::WatchReceiver;
 
 use crate::group::Group;
@@ -121,7 +122,10 @@ impl<E: Env> Group<E> {
         let env = inner.env.clone();
         env.spawn(async move {
             inner.env.sleep(wait).await;
-            inner.raft.runtime_config().elect(true);
+            // A suspect never campaigns (hazard F6).
+            if inner.replica.health() == Health::Good {
+                inner.raft.runtime_config().elect(true);
+            }
         });
     }
 }
