@@ -26,7 +26,7 @@ const POOL_SIZE: &str = "1536MiB";
 /// How to start.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Nodes: 1 or 3.
+    /// Nodes: 1, 3 or 5.
     pub nodes: u32,
     /// Size of the volume `demo`, in MiB.
     pub volume_mib: u64,
