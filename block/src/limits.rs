@@ -184,6 +184,11 @@ pub const NBD_CONNECTIONS_MAX: usize = 1024;
 /// connection and says nothing holds one for no longer.
 pub const NBD_HANDSHAKE_SECONDS_MAX: u64 = 60;
 
+/// Time that the other side of a TCP connection may leave everything unacknowledged, probes for a
+/// sign of life too, in seconds; then the connection fails. A host that lost its power says nothing
+/// for ever: its attachment would keep every other host out. Longer than most cuts heal in.
+pub const TCP_SILENCE_SECONDS_MAX: u32 = 30;
+
 /// Length of a volume's name, in bytes: a DNS label, as Kubernetes names are.
 pub const NAME_BYTES_MAX: usize = 63;
 

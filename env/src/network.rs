@@ -28,8 +28,11 @@ impl fmt::Display for Address {
 
 /// Opens and accepts byte streams.
 pub trait Network {
-    /// A connection: reliable, ordered bytes. TCP has Nagle's algorithm off. Dropping it closes
-    /// both directions.
+    /// A connection: reliable, ordered bytes. TCP has Nagle's algorithm off, and fails with an error
+    /// once the other side's machine was silent for [`TCP_SILENCE_SECONDS_MAX`], also while nothing
+    /// is sent. Dropping it closes both directions.
+    ///
+    /// [`TCP_SILENCE_SECONDS_MAX`]: ballast_block::limits::TCP_SILENCE_SECONDS_MAX
     type Stream: AsyncRead + AsyncWrite + Unpin + 'static;
     /// A listening socket.
     type Listener: Listener<Stream = Self::Stream>;

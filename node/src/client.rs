@@ -174,12 +174,18 @@ impl<E: Env> VolumeClient<E> {
         decode(self.inner.links.call(target, Lane::Control, frame, ATTEMPT_MAX).await?.body)
     }
 
+    /// Stands up for the attachment no longer: another one may take over and fence what is still
+    /// in flight, whose host is gone.
+    pub fn let_go(&self) {
+        self.inner.attachments.borrow_mut().remove(&self.attachment);
+    }
+
     /// Ends the attachment, as far as a leader can be told; otherwise the next one takes over.
     pub async fn detach(&self) {
         if self.read_only {
             return;
         }
-        self.inner.attachments.borrow_mut().remove(&self.attachment);
+        self.let_go();
         let ask = AttachmentV1 { attachment: self.attachment.0, generation: self.generation.0 };
         for _ in 0..3 {
             let target = self.target();
@@ -389,6 +395,6 @@ impl<E: Env> VolumeClient<E> {
 
 impl<E: Env> Drop for VolumeClient<E> {
     fn drop(&mut self) {
-        self.inner.attachments.borrow_mut().remove(&self.attachment);
+        self.let_go();
     }
 }

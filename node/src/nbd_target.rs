@@ -100,8 +100,11 @@ impl<E: Env> Connection<E> {
         if let Err(error) = served {
             tracing::info!(from = self.from, %error, "NBD client gone");
         }
-        // What is in flight runs to its end before the attachment is given up: dropped half-way,
-        // a write would leave its lock while its entry is on its way.
+        if let Some(client) = &self.client {
+            client.let_go();
+        }
+        // What is in flight runs to its end: dropped half-way, a write would leave its lock while
+        // its entry is on its way.
         if !*stopping.borrow() {
             while self.running.next().await.is_some() {}
         }

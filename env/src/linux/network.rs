@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
+use ballast_block::limits::TCP_SILENCE_SECONDS_MAX;
+use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
@@ -76,8 +78,21 @@ pub enum LinuxStream {
 impl LinuxStream {
     fn tcp(stream: TcpStream) -> io::Result<Self> {
         stream.set_nodelay(true)?;
+        fail_when_silent(&stream)?;
         Ok(Self::Tcp(stream))
     }
+}
+
+/// Makes the kernel probe an idle connection, and give up one that acknowledges nothing. Its own
+/// defaults are two hours for an idle one and a quarter of an hour for one that is not.
+fn fail_when_silent(stream: &TcpStream) -> io::Result<()> {
+    const PROBE_SECONDS: u32 = 5;
+    setsockopt(stream, sockopt::KeepAlive, &true)?;
+    setsockopt(stream, sockopt::TcpKeepIdle, &PROBE_SECONDS)?;
+    setsockopt(stream, sockopt::TcpKeepInterval, &PROBE_SECONDS)?;
+    setsockopt(stream, sockopt::TcpKeepCount, &(TCP_SILENCE_SECONDS_MAX / PROBE_SECONDS))?;
+    setsockopt(stream, sockopt::TcpUserTimeout, &(TCP_SILENCE_SECONDS_MAX * 1000))?;
+    Ok(())
 }
 
 /// Calls the same method of the stream inside.

@@ -6,7 +6,8 @@
 //!   the window, beyond it the writer waits. Connections do not order each other.
 //! - A link is one direction between two machines and may be cut. Bytes wait on a cut link; a
 //!   connection over it is, by the seed, reset after a while, or stays silent until the link is
-//!   back, or is forgotten by the network and stays silent for ever.
+//!   back, or is forgotten by the network and stays silent for ever. A kernel that hears nothing
+//!   for `TCP_SILENCE_SECONDS_MAX`, not even answers to its probes, fails the connection.
 //! - Connections are reset at random while they carry bytes.
 //! - kill -9: the kernel resets the connections of the process and refuses new ones. Power loss:
 //!   silence, until the machine is back and answers old connections with a reset.
@@ -134,7 +135,7 @@ impl NetState {
                 world.after_ms(after, move |world| connection.reset_both(world));
             }
             1 => connection.forget(world),
-            _ => {}
+            _ => connection.watch_silence(world),
         }
     }
 

@@ -11,6 +11,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
 use ballast_block::NodeId;
+use ballast_block::limits::TCP_SILENCE_SECONDS_MAX;
 use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
@@ -25,9 +26,9 @@ const WINDOW: usize = 256 << 10;
 /// How long until lost packets are sent again after a link was mended, at most, in milliseconds.
 const RETRANSMIT_MS_MAX: u64 = 400;
 
-/// How long a kernel repeats what nobody acknowledges before it reports an error, in milliseconds:
-/// about 15 minutes with Linux' defaults.
-const GIVE_UP_MS: u64 = 900_000;
+/// How long a kernel repeats what nobody acknowledges, and probes that nobody answers, before it
+/// reports an error, in milliseconds.
+const GIVE_UP_MS: u64 = TCP_SILENCE_SECONDS_MAX as u64 * 1_000;
 
 pub(crate) struct Connection {
     number: u64,
@@ -36,6 +37,10 @@ pub(crate) struct Connection {
     pipes: [RefCell<Pipe>; 2],
     /// The network forgot it: nothing passes any more, nobody is told.
     forgotten: Cell<bool>,
+    /// Nothing passes in at least one direction now.
+    silent: Cell<bool>,
+    /// Counts the silences.
+    watch: Cell<u64>,
 }
 
 struct End {
@@ -76,6 +81,8 @@ impl Connection {
             ends: ends.map(end),
             pipes: Default::default(),
             forgotten: Cell::new(false),
+            silent: Cell::new(false),
+            watch: Cell::new(0),
         })
     }
 
@@ -88,8 +95,22 @@ impl Connection {
     /// Nothing passes any more; the kernels give up long after everyone else did.
     pub(crate) fn forget(self: &Rc<Self>, world: &World) {
         self.forgotten.set(true);
-        let connection = self.clone();
-        world.after_ms(GIVE_UP_MS, move |world| connection.reset_both(world));
+        self.watch_silence(world);
+    }
+
+    /// Both kernels give up if nothing gets through in one of the directions from now on: what one
+    /// sends, or its answer, is lost.
+    pub(crate) fn watch_silence(self: &Rc<Self>, world: &World) {
+        let (silent, connection) = (self.silent.replace(true), self.clone());
+        if silent {
+            return;
+        }
+        let epoch = self.watch.replace(self.watch.get() + 1) + 1;
+        world.after_ms(GIVE_UP_MS, move |world| {
+            if connection.silent.get() && connection.watch.get() == epoch {
+                connection.reset_both(world);
+            }
+        });
     }
 
     /// Both ends learn that it is gone.
@@ -136,8 +157,9 @@ impl Connection {
             }
             self.ends[end].open.set(false);
             // A dead machine says nothing; when it is back it answers what arrives with a reset.
-            if crash == Crash::Kill {
-                self.send_reset(world, end);
+            match crash {
+                Crash::Kill => self.send_reset(world, end),
+                Crash::PowerLoss => self.give_up_later(world, 1 - end),
             }
         }
         self.bury_if_dead(world);
@@ -146,13 +168,20 @@ impl Connection {
     /// `end` tells the other one that the connection is gone, if the network carries it.
     fn send_reset(self: &Rc<Self>, world: &World, end: usize) {
         let (from, to) = (self.ends[end].node, self.ends[1 - end].node);
-        if self.forgotten.get() || from != to && world.net().link(from, to).cut {
-            return;
-        }
         let link = world.net().link(from, to);
+        if self.forgotten.get() || from != to && link.cut {
+            // Said once, and lost: the other side's probes find out.
+            return self.give_up_later(world, 1 - end);
+        }
         let delay = world.net().rng.between(link.delay_min_ms, link.delay_max_ms);
         let connection = self.clone();
         world.after_ms(delay, move |world| connection.reset(world, 1 - end));
+    }
+
+    /// The kernel at `end` finds out by its probes that the other side is gone.
+    fn give_up_later(self: &Rc<Self>, world: &World, end: usize) {
+        let connection = self.clone();
+        world.after_ms(GIVE_UP_MS, move |world| connection.reset(world, end));
     }
 
     fn send(self: &Rc<Self>, world: &World, end: usize, piece: Piece) {
@@ -239,6 +268,10 @@ impl Connection {
 
     /// The link from `from` works again: what waited arrives after a retransmission.
     pub(crate) fn link_mended(self: &Rc<Self>, world: &World, from: NodeId) {
+        let [a, b] = [self.ends[0].node, self.ends[1].node];
+        if !self.forgotten.get() && !world.net().link(a, b).cut && !world.net().link(b, a).cut {
+            self.silent.set(false);
+        }
         for end in (0..2).filter(|end| self.ends[*end].node == from) {
             let delay = world.net().rng.between(1, RETRANSMIT_MS_MAX);
             let connection = self.clone();
