@@ -14,7 +14,9 @@ use ballast_volume::family::{ExecuteError, Family};
 use ballast_volume::group::Group;
 use openraft::async_runtime::WatchReceiver;
 
-use crate::calls::{AttachReplyV1, AttachV1, AttachmentV1, FlagV1, Tag, decode};
+use crate::calls::{
+    AttachReplyV1, AttachV1, AttachmentV1, FlagV1, MoveLeaderV1, MovedV1, Tag, decode,
+};
 use crate::node::Inner;
 use crate::peers::links::Lane;
 use crate::peers::wire::{Frame, Kind};
@@ -158,13 +160,27 @@ fn in_sync_on<E: Env>(group: &Group<E>, node: NodeId) -> Result<(ReplicaId, u64)
     Ok((ReplicaId(target), last.saturating_sub(matched)))
 }
 
+/// Takes the lead of a family from a leader that another node can't reach and this one can. Best
+/// effort, as every move of a leader: who asked looks where it went.
+pub(crate) async fn take_lead_here<E: Env>(inner: &Inner<E>, family: FamilyId) -> MovedV1 {
+    let stopped = MovedV1 { code: STOPPED, ..MovedV1::default() };
+    let Ok(member) = family_here(inner, family) else { return stopped };
+    let own = inner.config.node;
+    let Some(leader) = member.group().leader_node().filter(|&leader| leader != own) else {
+        return MovedV1 { code: NOT_LEADER, ..MovedV1::default() };
+    };
+    let plain = Frame::plain(Kind::Call, 0, Tag::MoveLeader.message(&MoveLeaderV1 { node: own.0 }));
+    let reply = inner.links.call(leader, Lane::Control, Frame { family, ..plain }, ALIVE_MAX).await;
+    reply.and_then(|reply| decode(reply.body)).unwrap_or(stopped)
+}
+
 /// Hands the lead of a group to `node`, if this node leads it now.
 pub(crate) async fn move_leader_here<E: Env>(
     inner: &Inner<E>,
     family: FamilyId,
     node: NodeId,
-) -> crate::calls::MovedV1 {
-    let moved = |code, node: Option<NodeId>, reason: String| crate::calls::MovedV1 {
+) -> MovedV1 {
+    let moved = |code, node: Option<NodeId>, reason: String| MovedV1 {
         code,
         node: node.map_or(0, |node| node.0),
         reason,

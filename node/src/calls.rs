@@ -47,6 +47,8 @@ pub enum Tag {
     Sleep = 16,
     /// The payload of one log entry, for a repair.
     Entry = 17,
+    /// Take over the lead of a family: the asker can't reach its leader.
+    TakeLead = 18,
 }
 
 impl Tag {
@@ -71,6 +73,7 @@ impl Tag {
             Room,
             Sleep,
             Entry,
+            TakeLead,
         ]
         .into_iter()
         .find(|&tag| tag as u8 == byte)

@@ -24,7 +24,7 @@ use futures_util::future::join_all;
 use thiserror::Error;
 
 use crate::attach;
-use crate::calls::{AttachReplyV1, AttachV1, AttachmentV1, OperateReplyV1, Tag, decode};
+use crate::calls::{AttachReplyV1, AttachV1, AttachmentV1, MovedV1, OperateReplyV1, Tag, decode};
 use crate::meters::{self, VolumeMeter};
 use crate::node::Inner;
 use crate::operate;
@@ -41,6 +41,11 @@ const ATTEMPT_MAX: Duration = Duration::from_secs(5);
 
 /// Longest that opening an export waits for a quorum.
 const ATTACH_MAX: Duration = Duration::from_secs(20);
+
+/// How long the link to a leader is down before a replica that still hears it is asked to take the
+/// lead over: longer than a lost connection takes to come back.
+const LEADER_UNREACHABLE_MAX: Duration = Duration::from_secs(1);
+const TAKE_LEAD_MAX: Duration = Duration::from_secs(2);
 const RETRY_PAUSE_MIN: Duration = Duration::from_millis(5);
 const RETRY_PAUSE_MAX: Duration = Duration::from_millis(100);
 
@@ -70,6 +75,9 @@ pub struct VolumeClient<E: Env> {
     next_request: Cell<u64>,
     outstanding: RefCell<BTreeSet<u64>>,
     leader: Cell<Option<NodeId>>,
+    /// A leader that the link is down to, and since when, or since when a replica was asked last to
+    /// take over from it.
+    unreachable: Cell<Option<(NodeId, Instant)>>,
     turn: Cell<usize>,
     meter: Rc<VolumeMeter>,
 }
@@ -114,6 +122,7 @@ impl<E: Env> VolumeClient<E> {
             next_request: Cell::new(1),
             outstanding: RefCell::default(),
             leader: Cell::new(None),
+            unreachable: Cell::new(None),
             turn: Cell::new(0),
             meter,
         };
@@ -157,6 +166,7 @@ impl<E: Env> VolumeClient<E> {
                 }
                 Ok(reply) if reply.code == attach::NOT_LEADER && reply.node != 0 => {
                     self.leader.set(Some(NodeId(reply.node)));
+                    self.go_around(target, NodeId(reply.node)).await;
                 }
                 _ => self.leader.set(None),
             }
@@ -314,6 +324,7 @@ impl<E: Env> VolumeClient<E> {
                 Err(ExecuteError::NotLeader { hint: Some(hint) }) if hint != target => {
                     perhaps_proposed = true;
                     self.leader.set(Some(hint));
+                    self.go_around(target, hint).await;
                 }
                 Err(_) => {
                     perhaps_proposed = true;
@@ -324,6 +335,35 @@ impl<E: Env> VolumeClient<E> {
             self.inner.env.sleep(pause).await;
             pause = (pause * 2).min(RETRY_PAUSE_MAX);
         }
+    }
+
+    /// The replica on `via` says that `leader` leads. If only this node can't reach it, it keeps its
+    /// majority and would lead for ever, while the host here waits: the lead must move to a replica
+    /// that both reach (hazard F12).
+    async fn go_around(&self, via: NodeId, leader: NodeId) {
+        let own = self.inner.config.node;
+        if leader == own || via == own {
+            return;
+        }
+        let up = |lane| self.inner.links.connection(leader, lane).is_ok();
+        if up(Lane::Data) && up(Lane::Control) {
+            return self.unreachable.set(None);
+        }
+        let now = self.inner.env.now();
+        match self.unreachable.get() {
+            Some((known, since)) if known == leader => {
+                if now.since(since) < LEADER_UNREACHABLE_MAX {
+                    return;
+                }
+            }
+            _ => return self.unreachable.set(Some((leader, now))),
+        }
+        self.unreachable.set(Some((leader, now)));
+        let frame = self.frame(Bytes::from(vec![Tag::TakeLead as u8]));
+        let asked = self.inner.links.call(via, Lane::Control, frame, TAKE_LEAD_MAX).await;
+        let moved = asked.and_then(|reply| decode::<MovedV1>(reply.body));
+        tracing::warn!(family = %self.family, %leader, %via, ?moved,
+            "no link to the leader: asked another replica to take the lead");
     }
 
     /// Whether it makes sense to go on trying.

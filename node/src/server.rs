@@ -223,6 +223,7 @@ async fn dispatch<E: Env>(inner: Rc<Inner<E>>, peer: Identity, frame: Frame) -> 
             let ask: MoveLeaderV1 = decode(body)?;
             message(&attach::move_leader_here(&inner, frame.family, NodeId(ask.node)).await)
         }
+        Tag::TakeLead => message(&attach::take_lead_here(&inner, frame.family).await),
         Tag::Sleep => {
             let ask: SleepV1 = decode(body)?;
             message(&FlagV1 { flag: group_of(&inner, &frame)?.sleep_under(ask.term, ask.last) })
@@ -257,8 +258,13 @@ async fn raft_call<E: Env>(inner: &Inner<E>, tag: Tag, frame: &Frame, body: &[u8
         }
         Tag::Transfer => {
             let request = codec::decode_transfer(body).map_err(refused)?;
+            let is_next = request.to_node_id() == &group.replica().id().0;
             let taken = group.raft().handle_transfer_leader(request).await.map_err(refused)?;
             taken.map_err(refused)?;
+            if is_next {
+                // A leader that sleeps sends no heartbeats: the others would replace it.
+                group.wake();
+            }
             Bytes::new()
         }
         _ => {
