@@ -239,3 +239,29 @@ fn a_resync_that_is_dropped_leaves_nothing() {
         assert!(matches!(refused, Err(ResyncError::Backwards { .. })));
     });
 }
+
+/// The log entries that an install throws away hold the payload of what was applied from them: where
+/// the difference brings nothing new, it is still the volume's data.
+#[test]
+fn what_a_difference_leaves_as_it_is_stays_live() {
+    run(async {
+        let (leader, follower) = (Node::new().await, Node::new().await);
+        let before = history(0, 40);
+        leader.take(&before).await;
+        follower.take(&before).await;
+        leader.take(&history(40, 3)).await;
+        let resync = follower.replica().resync(ResyncBase::Applied).await.unwrap();
+        let pin = leader.replica().pin();
+        let state = leader.install_state();
+        carry(&pin, &resync).await;
+        resync.install(state.clone()).await.unwrap();
+        follower.load(&state);
+        follower.pool.quiesce_maps().await.unwrap();
+        let content = follower.content().await;
+        let mapped = content.chunks(BLOCK_SIZE).filter(|block| block.iter().any(|byte| *byte != 0));
+        let live = follower.pool.space().live / BLOCK_SIZE as u64;
+        let mapped = mapped.count() as u64;
+        assert!(live >= mapped, "{mapped} blocks hold data, {live} are kept");
+        assert_eq!(content, leader.content().await);
+    });
+}

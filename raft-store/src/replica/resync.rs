@@ -191,7 +191,12 @@ impl<E: Env> ReplicaInner<E> {
         }
         let held = self.log.borrow().get(state.applied.index).map(|slot| slot.entry.log_id);
         if held != Some(state.applied) {
-            // The log goes another way, or does not reach so far: none of it is kept.
+            // The log goes another way, or does not reach so far: none of it is kept. The payload of
+            // what was applied is the map's, which a difference leaves as it is where nothing changed.
+            let applied = self.applied.borrow().id;
+            if let Some(applied) = applied {
+                self.purge_index(applied);
+            }
             let purged = self.log.borrow().purged;
             self.truncate_index(purged);
         }
