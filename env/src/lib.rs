@@ -13,6 +13,7 @@ pub mod disk;
 pub mod entropy;
 pub mod linux;
 pub mod network;
+pub mod planted;
 pub mod raft_runtime;
 pub mod record;
 pub mod spawn;
@@ -21,9 +22,10 @@ use crate::clock::Clock;
 use crate::disk::Disk;
 use crate::entropy::Entropy;
 use crate::network::Network;
+use crate::planted::Planted;
 use crate::spawn::Spawn;
 
 /// The outside world of one node. Cheap to clone; clones share everything.
-pub trait Env: Clock + Entropy + Disk + Network + Spawn + Clone + 'static {}
+pub trait Env: Clock + Entropy + Disk + Network + Spawn + Planted + Clone + 'static {}
 
-impl<T: Clock + Entropy + Disk + Network + Spawn + Clone + 'static> Env for T {}
+impl<T: Clock + Entropy + Disk + Network + Spawn + Planted + Clone + 'static> Env for T {}

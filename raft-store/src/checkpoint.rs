@@ -11,6 +11,7 @@ use ballast_block::ReplicaId;
 use ballast_env::Env;
 use bytes::Bytes;
 use prost::Message;
+use tokio::sync::oneshot;
 
 use crate::map::FrozenMap;
 use crate::pool::shared::{Shared, count};
@@ -19,6 +20,7 @@ use crate::replica::Health;
 use crate::replica::core::{Map, ReplicaInner};
 use crate::replica::record::{DescriptorV1, MembershipV1};
 use crate::replica::saved::{PoolV1, ReplicaV1, ResyncV1, SuspectV1, pack};
+use crate::stream::PoolFailed;
 use crate::types::LogId;
 
 /// A replica as it was at the freeze.
@@ -32,8 +34,23 @@ struct Frozen<E: Env> {
 }
 
 impl<E: Env> Shared<E> {
-    /// Makes a checkpoint; durable when it returns.
-    pub async fn checkpoint(&self) -> Result<(), CheckpointError> {
+    /// Makes a checkpoint; durable when it returns. Goes on to its end if the future is dropped:
+    /// half of one would have taken changes out of the maps that nothing has written.
+    pub async fn checkpoint(self: &Rc<Self>) -> Result<(), CheckpointError> {
+        let (send, receive) = oneshot::channel();
+        let shared = self.clone();
+        self.streams.env().spawn(async move {
+            // Who asked may have gone.
+            let _gone = send.send(shared.make_checkpoint().await);
+        });
+        receive.await.unwrap_or_else(|_| {
+            let problem = "the process ends".to_owned();
+            let failed = PoolFailed { operation: "checkpoint".to_owned(), problem };
+            Err(PoolFailure::Failed(failed).into())
+        })
+    }
+
+    async fn make_checkpoint(&self) -> Result<(), CheckpointError> {
         let _one = self.checkpointing.lock().await;
         self.check()?;
         self.wipe_abandoned().await?;

@@ -18,6 +18,7 @@ use ballast_block::limits::{
 };
 use ballast_block::{BranchId, Payload, ReplicaId, Sequence};
 use ballast_env::Env;
+use ballast_env::planted::PlantedBug;
 use prost::Message;
 
 use crate::entry::{self, Body, Command, WriteData};
@@ -58,7 +59,7 @@ pub(crate) async fn keep<E: Env>(shared: Rc<Shared<E>>) {
 impl<E: Env> Shared<E> {
     /// Does what is most urgent; answers whether there may be more.
     async fn keep_once(
-        &self,
+        self: &Rc<Self>,
         stuck: &mut BTreeSet<(SegmentNumber, u32)>,
     ) -> Result<bool, CheckpointError> {
         if self.delta_bytes.get() > MAP_DELTA_BYTES_MAX / 2 && self.merge_some().await {
@@ -94,7 +95,7 @@ impl<E: Env> Shared<E> {
 
     /// Frees segments: first by what is dead already, then by moving what lives.
     async fn make_space(
-        &self,
+        self: &Rc<Self>,
         stuck: &mut BTreeSet<(SegmentNumber, u32)>,
     ) -> Result<bool, CheckpointError> {
         let before = self.streams.segments().counts().free;
@@ -292,12 +293,17 @@ impl<E: Env> ReplicaInner<E> {
         if !bad.is_empty() {
             // Not moved: a read or a scrub will name it and have it repaired.
             count(&self.shared.counters.damaged_blocks, bad.len() as u64);
+            tracing::error!(replica = %self.descriptor.replica, %from, block, count = bad.len(),
+                "blocks are damaged: their segment can't be cleaned");
             return Ok(run.count);
         }
         let body = MovedV1::new(run.branch, block, run.sequence, &crcs[range.clone()]);
         let body = body.encode_to_vec();
         let (to, _) = self.append_cold(&body, payload, &crcs[range]).await?;
         let segments = self.shared.streams.segments();
+        if self.shared.streams.env().is_planted(PlantedBug::LiveBlockFreed) {
+            segments.mark_dead(from, 1);
+        }
         let mut moves = Vec::with_capacity(run.count as usize);
         for offset in 0..u64::from(run.count) {
             let (from, to) = (from.plus(offset), to.plus(offset));

@@ -85,7 +85,8 @@ impl<E: Env> ReplicaInner<E> {
             let BlockVersion { crc, branch, sequence } = versions[nth];
             DamagedBlock { branch, block: run.start + nth as u64, sequence, crc }
         };
-        let blocks = bad.iter().map(name).collect();
+        let blocks: Vec<DamagedBlock> = bad.iter().map(name).collect();
+        tracing::error!(replica = %self.descriptor.replica, %first, ?blocks, "blocks are damaged");
         Err(ReadError::Damaged { replica: self.descriptor.replica, blocks })
     }
 

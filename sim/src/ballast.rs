@@ -9,6 +9,10 @@ use std::time::Duration;
 
 use ballast_block::checksum::crc32;
 use ballast_block::geometry::BLOCK_SIZE_U64;
+use ballast_block::limits::{
+    FAMILY_INFLIGHT_BYTES_MAX, FAMILY_RETENTION_BYTES_MAX, LOG_CACHE_BYTES_MAX,
+    MAP_DELTA_BYTES_MAX, TRANSFER_BYTES_MAX,
+};
 use ballast_block::{BlockRange, ClusterId, NodeId};
 use ballast_env::clock::Clock;
 use ballast_env::network::Address;
@@ -20,6 +24,7 @@ use ballast_volume::state::ROOT_BRANCH;
 
 use crate::env::SimEnv;
 use crate::machine::ip_of;
+use crate::rng::Rng;
 use crate::system::{ReplicaView, System, VolumeView};
 use crate::world::World;
 
@@ -37,6 +42,10 @@ pub struct Sizes {
     pub nodes: u32,
     /// Bytes of each pool.
     pub pool_bytes: u64,
+    /// Replicas of each volume: 1, 3 or 5, at most one per node.
+    pub replicas: u32,
+    /// Log kept per family, in bytes.
+    pub retention_bytes: u64,
     /// Volumes.
     pub volumes: usize,
     /// Blocks of each volume.
@@ -45,7 +54,46 @@ pub struct Sizes {
 
 impl Default for Sizes {
     fn default() -> Self {
-        Self { nodes: 3, pool_bytes: 1 << 30, volumes: 1, volume_blocks: 1024 }
+        Self {
+            nodes: 3,
+            pool_bytes: 1 << 30,
+            replicas: 3,
+            retention_bytes: FAMILY_RETENTION_BYTES_MAX,
+            volumes: 1,
+            volume_blocks: 1024,
+        }
+    }
+}
+
+impl Sizes {
+    /// What `seed` makes of it: mostly three nodes; pools from ones that hosts fill, or that must be
+    /// cleaned all the time, to ones that they never fill.
+    pub fn of(seed: u64) -> Self {
+        let rng = Rng::named(seed, "sizes", 0);
+        let (nodes, replicas) = *rng.pick(&[
+            (3, 3),
+            (3, 3),
+            (3, 3),
+            (3, 3),
+            (3, 3),
+            (3, 3),
+            (3, 3),
+            (3, 1),
+            (1, 1),
+            (5, 3),
+            (5, 5),
+        ]);
+        let mib = *rng.pick(&[1024, 1024, 256, 128, 96, 96]);
+        let small = mib <= 128;
+        Self {
+            nodes,
+            pool_bytes: mib << 20,
+            replicas,
+            retention_bytes: *rng.pick(&[FAMILY_RETENTION_BYTES_MAX, 8 << 20, 1 << 20]),
+            volumes: *rng.pick(&[1, 1, 1, 2, 3]),
+            // More than a small pool holds.
+            volume_blocks: if small && rng.chance(300_000) { 16 << 10 } else { 1 << 10 },
+        }
     }
 }
 
@@ -86,6 +134,7 @@ impl Ballast {
         let founders = self.nodes().map(founder).collect();
         let mut config = NodeConfig::new(self.0.cluster, id, PathBuf::from(POOL), founders);
         config.nbd_listen = vec![self.nbd_address(id)];
+        config.retention_bytes = self.0.sizes.retention_bytes;
         config
     }
 
@@ -114,6 +163,8 @@ impl System for Ballast {
     async fn node(&self, env: SimEnv) {
         self.format(&env).await;
         let id = env.node();
+        // What ran here before is dead.
+        self.0.running.borrow_mut().remove(&id);
         let node = match Node::start(env.clone(), self.config(id)).await {
             Ok(node) => node,
             Err(error) => {
@@ -131,6 +182,7 @@ impl System for Ballast {
     }
 
     async fn prepare(&self, world: &World) {
+        world.note(format!("{:?}", self.0.sizes));
         let first = NodeId(1);
         let ready = |id| self.running(id).is_some_and(|node| node.is_ready());
         while !self.nodes().all(ready) {
@@ -143,7 +195,7 @@ impl System for Ballast {
             for index in 0..sizes.volumes {
                 let node = this.running(first).expect("it was ready");
                 let bytes = sizes.volume_blocks * BLOCK_SIZE_U64;
-                let made = node.create_volume(&volume_name(index), bytes, 3).await;
+                let made = node.create_volume(&volume_name(index), bytes, sizes.replicas).await;
                 made.expect("a volume can be created while all is well");
                 created.set(created.get() + 1);
             }
@@ -156,7 +208,11 @@ impl System for Ballast {
     fn volumes(&self) -> Vec<VolumeView> {
         let blocks = self.0.sizes.volume_blocks;
         (0..self.0.sizes.volumes)
-            .map(|index| VolumeView { name: volume_name(index), blocks })
+            .map(|index| VolumeView {
+                name: volume_name(index),
+                blocks,
+                replicas: self.0.sizes.replicas,
+            })
             .collect()
     }
 
@@ -169,7 +225,8 @@ impl System for Ballast {
     }
 
     fn pool(&self) -> Option<PathBuf> {
-        Some(Path::new(POOL).to_owned())
+        // What a single replica has lost nobody can repair.
+        (self.0.sizes.replicas > 1).then(|| Path::new(POOL).to_owned())
     }
 
     async fn replicas(&self, world: &World, id: NodeId) -> Vec<ReplicaView> {
@@ -197,6 +254,56 @@ impl System for Ballast {
 
     fn fences(&self) -> bool {
         true
+    }
+
+    fn nodes(&self) -> u32 {
+        self.0.sizes.nodes
+    }
+
+    fn checkpoint(&self, world: &World, id: NodeId, done: impl FnOnce() + 'static) {
+        let Some(node) = self.running(id) else { return };
+        let machine = world.machine(id).expect("a node");
+        let world = world.clone();
+        machine.inject(async move {
+            let made = node.pool().checkpoint().await;
+            world.note(format!("{id} checkpoint {made:?}"));
+            if made.is_ok() {
+                world.after_ms(0, |_| done());
+            }
+        });
+    }
+
+    fn damage(&self, id: NodeId) -> Option<String> {
+        let node = self.running(id)?;
+        let (stats, recovery) = (node.pool().stats(), node.recovery());
+        let whole = stats.damaged_blocks == 0 && stats.suspects == 0;
+        let found = || {
+            let (blocks, suspects) = (stats.damaged_blocks, stats.suspects);
+            format!("{blocks} damaged blocks, {suspects} suspect replicas, {recovery:?}")
+        };
+        (!whole || recovery.damaged_entries > 0 || !recovery.suspects.is_empty()).then(found)
+    }
+
+    fn over_limit(&self, id: NodeId, calm: bool) -> Option<String> {
+        let node = self.running(id)?;
+        let stats = node.pool().stats();
+        let families = self.0.sizes.volumes as u64 + 1;
+        // What may be proposed while the log is being trimmed comes on top.
+        let retained = families * (self.0.sizes.retention_bytes + FAMILY_INFLIGHT_BYTES_MAX as u64);
+        let bounds = [
+            ("changes of maps", stats.map_delta_bytes, MAP_DELTA_BYTES_MAX + TRANSFER_BYTES_MAX),
+            ("log cache", stats.cache_bytes, LOG_CACHE_BYTES_MAX + TRANSFER_BYTES_MAX),
+        ];
+        let over = |name, bytes, limit| format!("{name}: {bytes} bytes, limit {limit}");
+        for (name, bytes, limit) in bounds {
+            if bytes > limit as u64 {
+                return Some(over(name, bytes, limit as u64));
+            }
+        }
+        if calm && stats.retained_bytes > retained {
+            return Some(over("retained log", stats.retained_bytes, retained));
+        }
+        (stats.segments_free == 0).then(|| "all segments are in use, the reserves too".to_owned())
     }
 }
 

@@ -16,12 +16,16 @@ use crate::host::workload::Host;
 use crate::machine::{Crash, MachineOptions};
 use crate::nemesis::{Nemesis, start_if_down};
 use crate::oracle::{Oracle, Violation};
+use crate::panics;
 use crate::plan::Plan;
 use crate::system::{ReplicaView, System};
 use crate::world::{World, run};
 
 /// First machine number of hosts.
 const HOSTS: u32 = 1_000;
+
+/// Times that replicas are compared before a rotten one is left out.
+const ROTTEN_ROUNDS: u64 = 100;
 
 /// How long the first start may take, in milliseconds of virtual time.
 const START_MS: u64 = 60_000;
@@ -39,6 +43,25 @@ pub enum Failure {
         what: String,
         /// How long was waited.
         limit_ms: u64,
+    },
+    /// A node found damage on a disk that nothing had harmed.
+    #[error("{node} has damage although no disk was harmed: {what}")]
+    Damaged {
+        /// The node.
+        node: NodeId,
+        /// What it counted.
+        what: String,
+    },
+    /// An assertion of the program failed.
+    #[error("panic: {0}")]
+    Panicked(String),
+    /// Guarantee **bounded**.
+    #[error("{node} is over a limit: {what}")]
+    OverLimit {
+        /// The node.
+        node: NodeId,
+        /// What, and how far.
+        what: String,
     },
     /// Two replicas at one log position have different contents.
     #[error("volume {volume} at index {applied}: {a} and {b} differ")]
@@ -91,6 +114,7 @@ impl fmt::Display for Report {
 pub fn simulate<S: System>(system: S, seed: u64, plan: Plan, verbose: bool) -> Report {
     run(seed, |world| async move {
         world.trace().set_verbose(verbose);
+        world.plant(plan.planted);
         world.note(format!("{plan:?}"));
         let cluster = Cluster::new(system, world.clone(), plan);
         let failure = cluster.phases().await.err();
@@ -122,6 +146,8 @@ struct Cluster<S> {
     nodes: Vec<NodeId>,
     oracle: Rc<Oracle>,
     hosts: std::cell::RefCell<Vec<(NodeId, Rc<Host>)>>,
+    /// No disk was harmed so far: damage would be our own.
+    unharmed: std::cell::Cell<bool>,
 }
 
 impl<S: System> Cluster<S> {
@@ -137,7 +163,8 @@ impl<S: System> Cluster<S> {
             };
             world.add_machine(*id, options);
         }
-        Self { system, world, plan, nodes, oracle: Rc::default(), hosts: Default::default() }
+        let (oracle, hosts, unharmed) = (Rc::default(), Default::default(), true.into());
+        Self { system, world, plan, nodes, oracle, hosts, unharmed }
     }
 
     async fn phases(&self) -> Result<(), Failure> {
@@ -147,38 +174,42 @@ impl<S: System> Cluster<S> {
         let prepared = self.system.prepare(&self.world);
         self.within(START_MS, "the cluster forms", prepared).await?;
         self.add_hosts();
-        let hosts = self.hosts.borrow().iter().map(|(id, _)| *id).collect();
-        let (system, world) = (self.system.clone(), self.world.clone());
-        let nemesis = Rc::new(Nemesis::new(
-            system,
-            world,
-            self.nodes.clone(),
-            hosts,
-            self.plan.faults.clone(),
-        ));
+        let nemesis = Rc::new(self.nemesis());
         let raging = nemesis.clone();
         tokio::task::spawn_local(async move { raging.rage().await });
         let supervising = nemesis.clone();
         tokio::task::spawn_local(async move { supervising.supervise().await });
         self.safety(&nemesis).await?;
         nemesis.mend();
+        let rotten = nemesis.rotten();
+        self.unharmed.set(rotten.is_none());
         self.liveness().await?;
         self.read_back("read back").await?;
-        self.power_loss(nemesis.rotten()).await?;
-        self.compare().await
+        self.power_loss(rotten).await?;
+        self.compare(rotten).await?;
+        self.check_nodes(true)
+    }
+
+    fn nemesis(&self) -> Nemesis<S> {
+        let hosts = self.hosts.borrow().clone();
+        let machines = hosts.iter().map(|(id, _)| *id).collect();
+        let answered = move || hosts.iter().map(|(_, host)| host.answered()).sum();
+        let (system, world) = (self.system.clone(), self.world.clone());
+        let (nodes, faults) = (self.nodes.clone(), self.plan.faults.clone());
+        Nemesis::new(system, world, nodes, machines, faults, Rc::new(answered))
     }
 
     fn add_hosts(&self) {
         let mut number = HOSTS;
         for (index, volume) in self.system.volumes().into_iter().enumerate() {
-            for _ in 0..self.plan.hosts {
+            for nth in 0..self.plan.writers + self.plan.readers {
                 number += 1;
                 let id = NodeId(number);
                 let machine = self.world.add_machine(id, MachineOptions::default());
                 let targets = self.nodes.iter().map(|id| self.system.nbd_address(*id)).collect();
                 let mut mix = self.plan.mix.clone();
                 mix.blocks = mix.blocks.min(volume.blocks);
-                mix.fenced = self.system.fences() && self.plan.hosts == 1;
+                mix.reader = nth >= self.plan.writers;
                 let rng = self.world.rng("host", u64::from(number));
                 let export = (index as u64, volume.name.as_str());
                 let host = Host::new(self.oracle.clone(), rng, export, targets, mix);
@@ -201,6 +232,27 @@ impl<S: System> Cluster<S> {
         Ok(())
     }
 
+    /// What no host sees: damage that nobody made, limits.
+    fn check_nodes(&self, calm: bool) -> Result<(), Failure> {
+        if let Some(panic) = panics::first() {
+            return Err(Failure::Panicked(panic));
+        }
+        for node in self.nodes.iter().copied() {
+            if !self.world.machine(node).is_some_and(|machine| machine.is_running()) {
+                continue;
+            }
+            if let Some(what) = self.system.over_limit(node, calm) {
+                return Err(Failure::OverLimit { node, what });
+            }
+            if self.unharmed.get()
+                && let Some(what) = self.system.damage(node)
+            {
+                return Err(Failure::Damaged { node, what });
+            }
+        }
+        Ok(())
+    }
+
     async fn safety(&self, nemesis: &Nemesis<S>) -> Result<(), Failure> {
         let end = self.world.now_ms() + self.plan.safety_ms;
         let enough = || {
@@ -210,6 +262,8 @@ impl<S: System> Cluster<S> {
         while !enough() && self.world.now_ms() < end {
             self.world.sleep_ms(100).await;
             self.check_hosts()?;
+            self.unharmed.set(nemesis.rotten().is_none());
+            self.check_nodes(false)?;
         }
         Ok(())
     }
@@ -232,7 +286,9 @@ impl<S: System> Cluster<S> {
 
     async fn read_back(&self, phase: &str) -> Result<(), Failure> {
         self.world.note(phase);
-        let hosts = self.hosts.borrow().clone();
+        let mut hosts = self.hosts.borrow().clone();
+        // The first of each volume: one attachment writes.
+        hosts.dedup_by_key(|(_, host)| host.volume());
         for (id, host) in &hosts {
             let machine = self.world.machine(*id).expect("a host of the run");
             let host = host.clone();
@@ -242,7 +298,10 @@ impl<S: System> Cluster<S> {
             self.world.machine(*id).is_some_and(|host| host.is_running())
         };
         let what = format!("{phase}: every written block can be read");
-        self.until(&what, || !hosts.iter().any(running)).await?;
+        // A volume that fills its pools takes its time.
+        let reads: usize = hosts.iter().map(|(_, host)| host.unread()).sum();
+        let limit = self.plan.liveness_ms + 200 * reads as u64;
+        self.until_within(limit, &what, || !hosts.iter().any(running)).await?;
         self.oracle.check_all()?;
         Ok(())
     }
@@ -255,11 +314,7 @@ impl<S: System> Cluster<S> {
         for node in &self.nodes {
             self.world.machine(*node).expect("a node").crash(Crash::PowerLoss);
         }
-        let rng = self.world.rng("majority", 0);
-        let mut left = self.nodes.clone();
-        let random = rng.below(left.len() as u64) as usize;
-        let away = rotten.and_then(|rotten| left.iter().position(|node| *node == rotten));
-        left.remove(away.unwrap_or(random));
+        let left = self.majority(rotten);
         for node in &left {
             start_if_down(&self.system, &self.world, *node);
         }
@@ -270,10 +325,25 @@ impl<S: System> Cluster<S> {
         self.read_back("read with all nodes back").await
     }
 
+    /// Enough nodes for every volume, the rotten one not among them if there is one.
+    fn majority(&self, rotten: Option<NodeId>) -> Vec<NodeId> {
+        let rng = self.world.rng("majority", 0);
+        let mut left = self.nodes.clone();
+        let replicas = self.system.volumes().iter().map(|volume| volume.replicas).min();
+        let away = replicas.map_or(0, |replicas| (replicas - 1) / 2);
+        for nth in 0..away as usize {
+            let random = rng.below(left.len() as u64) as usize;
+            let first = rotten.filter(|_| nth == 0);
+            let first = first.and_then(|rotten| left.iter().position(|node| *node == rotten));
+            left.remove(first.unwrap_or(random));
+        }
+        left
+    }
+
     /// Replicas at one log position have one content.
-    async fn compare(&self) -> Result<(), Failure> {
+    async fn compare(&self, rotten: Option<NodeId>) -> Result<(), Failure> {
         let what = "all replicas apply the same entries";
-        let views = self.within(self.plan.liveness_ms, what, self.level_replicas()).await?;
+        let views = self.within(self.plan.liveness_ms, what, self.level_replicas(rotten)).await?;
         for (node, replica) in &views {
             let twin = views.iter().find(|(_, other)| other.volume == replica.volume);
             let (other, twin) = twin.expect("it is among them itself");
@@ -286,8 +356,12 @@ impl<S: System> Cluster<S> {
     }
 
     /// The replicas of all volumes on all nodes, once those of a volume stand at one position.
-    async fn level_replicas(&self) -> Vec<(NodeId, ReplicaView)> {
-        loop {
+    ///
+    /// A rotten node may be unable to open its pool or to read all of it: after a while it need not.
+    async fn level_replicas(&self, rotten: Option<NodeId>) -> Vec<(NodeId, ReplicaView)> {
+        let volumes = self.system.volumes();
+        let replicas: Vec<usize> = volumes.iter().map(|one| one.replicas as usize).collect();
+        for round in 0_u64.. {
             let mut views = Vec::new();
             for id in &self.nodes {
                 let replicas = self.system.replicas(&self.world, *id).await;
@@ -296,25 +370,37 @@ impl<S: System> Cluster<S> {
             let is_level = |volume: usize| {
                 let of_volume = views.iter().filter(|(_, replica)| replica.volume == volume);
                 let positions: Vec<u64> = of_volume.map(|(_, replica)| replica.applied).collect();
-                positions.len() == self.nodes.len()
+                let missing = usize::from(rotten.is_some() && round > ROTTEN_ROUNDS);
+                (replicas[volume] - missing..=replicas[volume]).contains(&positions.len())
                     && positions.iter().all(|position| *position == positions[0])
             };
-            if (0..self.system.volumes().len()).all(is_level) {
+            if (0..replicas.len()).all(is_level) {
                 return views;
             }
             self.world.sleep_ms(100).await;
         }
+        unreachable!("the rounds do not end")
     }
 
     async fn until(&self, what: &str, done: impl Fn() -> bool) -> Result<(), Failure> {
+        self.until_within(self.plan.liveness_ms, what, done).await
+    }
+
+    async fn until_within(
+        &self,
+        limit_ms: u64,
+        what: &str,
+        done: impl Fn() -> bool,
+    ) -> Result<(), Failure> {
         let waiting = async {
             while !done() {
                 self.world.sleep_ms(50).await;
                 self.check_hosts()?;
+                self.check_nodes(false)?;
             }
             self.check_hosts()
         };
-        self.within(self.plan.liveness_ms, what, waiting).await?
+        self.within(limit_ms, what, waiting).await?
     }
 
     async fn within<T>(

@@ -6,6 +6,7 @@
 
 use std::cell::Cell;
 use std::path::PathBuf;
+use std::rc::Rc;
 
 use ballast_block::NodeId;
 
@@ -39,10 +40,21 @@ enum Fault {
     StallDisk,
     SlowDisk,
     Rot,
+    Checkpoint,
+    CheckpointAndCrash,
+    SlowWrites,
+    FailWrites,
+    ReadErrors,
+    IsolateFromNodes,
+    PowerLossAfterAnswer,
 }
 
+/// Longest that a node stays down while faults happen, in milliseconds: what [`Nemesis`] starts later
+/// itself is up before.
+const DOWN_MS_MAX: u64 = 31_000;
+
 /// All kinds of faults.
-const FAULTS: [Fault; 12] = [
+const FAULTS: [Fault; 19] = [
     Fault::Kill,
     Fault::PowerLoss,
     Fault::KillSoon,
@@ -55,6 +67,13 @@ const FAULTS: [Fault; 12] = [
     Fault::StallDisk,
     Fault::SlowDisk,
     Fault::Rot,
+    Fault::Checkpoint,
+    Fault::CheckpointAndCrash,
+    Fault::SlowWrites,
+    Fault::FailWrites,
+    Fault::ReadErrors,
+    Fault::IsolateFromNodes,
+    Fault::PowerLossAfterAnswer,
 ];
 
 impl Faults {
@@ -93,8 +112,10 @@ pub struct Nemesis<S> {
     rotten: NodeId,
     /// Whether it did.
     has_rotted: Cell<bool>,
-    calm: Cell<bool>,
+    calm: Rc<Cell<bool>>,
     made: Cell<u64>,
+    /// Answers that hosts got so far.
+    answered: Rc<dyn Fn() -> u64>,
 }
 
 impl<S: System> Nemesis<S> {
@@ -105,11 +126,12 @@ impl<S: System> Nemesis<S> {
         nodes: Vec<NodeId>,
         hosts: Vec<NodeId>,
         faults: Faults,
+        answered: Rc<dyn Fn() -> u64>,
     ) -> Self {
         let rng = world.rng("nemesis", 0);
         let rotten = *rng.pick(&nodes);
-        let (has_rotted, calm, made) = (Cell::new(false), Cell::new(false), Cell::new(0));
-        Self { system, world, nodes, hosts, faults, rng, rotten, has_rotted, calm, made }
+        let (has_rotted, calm, made) = (Cell::new(false), Rc::default(), Cell::new(0));
+        Self { system, world, nodes, hosts, faults, rng, rotten, has_rotted, calm, made, answered }
     }
 
     /// Makes faults until [`Nemesis::mend`] is called.
@@ -175,19 +197,95 @@ impl<S: System> Nemesis<S> {
                     .after_ms(duration, move |_| machine.disk().set_faults(Default::default()));
             }
             Fault::Rot => self.rot(),
+            Fault::Checkpoint => self.system.checkpoint(&self.world, node, || {}),
+            Fault::CheckpointAndCrash => {
+                let doomed = machine.clone();
+                self.system.checkpoint(&self.world, node, move || doomed.crash(Crash::PowerLoss));
+            }
+            Fault::SlowWrites | Fault::FailWrites | Fault::ReadErrors => {
+                self.harm_disk(fault, node, duration);
+            }
+            Fault::IsolateFromNodes => {
+                let others = self.nodes.iter().filter(|other| **other != node);
+                let all = others.flat_map(|other| [(node, *other), (*other, node)]);
+                self.cut(&all.collect::<Vec<_>>(), duration);
+            }
+            Fault::PowerLossAfterAnswer => self.lose_power_after_answer(),
         }
-        if matches!(fault, Fault::Kill | Fault::PowerLoss | Fault::KillSoon | Fault::PowerLossOfAll)
-        {
+        let downs = [
+            Fault::Kill,
+            Fault::PowerLoss,
+            Fault::KillSoon,
+            Fault::PowerLossOfAll,
+            Fault::CheckpointAndCrash,
+            Fault::PowerLossAfterAnswer,
+        ];
+        if downs.contains(&fault) {
             self.restart_later();
         }
     }
 
-    /// Restarts what ended by itself, as a supervisor does, for as long as the run lasts.
+    /// Makes a disk slow for a few operations, or fail.
+    fn harm_disk(&self, fault: Fault, node: NodeId, duration: u64) {
+        let mut faults = DiskFaults::default();
+        let mut node = node;
+        let mut duration = duration;
+        match fault {
+            Fault::SlowWrites => {
+                faults.tail_rate = self.rng.between(10_000, 300_000);
+                faults.tail_ms = *self.rng.pick(&[30, 300, 3_000]);
+            }
+            Fault::FailWrites => {
+                faults.write_error_rate = *self.rng.pick(&[100_000, 1_000_000]);
+                duration = duration.min(500);
+            }
+            // A read that fails is damage to the node: only one may have any.
+            _ if self.system.pool().is_none() => return,
+            _ => {
+                node = self.rotten;
+                self.has_rotted.set(true);
+                faults.read_error_rate = *self.rng.pick(&[10_000, 300_000]);
+            }
+        }
+        let disk = self.world.disk(node);
+        disk.set_faults(faults);
+        self.world.after_ms(duration, move |_| disk.set_faults(DiskFaults::default()));
+    }
+
+    /// Loses the power of all nodes at the moment of an answer, while all disks are slow: what was
+    /// answered and is not yet on a majority's disks is lost.
+    fn lose_power_after_answer(&self) {
+        let nodes: Vec<_> = self.nodes.iter().filter_map(|id| self.world.machine(*id)).collect();
+        let faults = DiskFaults { latency_max_ms: self.rng.between(5, 100), ..Default::default() };
+        nodes.iter().for_each(|node| node.disk().set_faults(faults.clone()));
+        let (world, answered, calm) =
+            (self.world.clone(), self.answered.clone(), self.calm.clone());
+        let wanted = answered() + self.rng.between(1, 8);
+        tokio::task::spawn_local(async move {
+            let end = world.now_ms() + 3_000;
+            while answered() < wanted && world.now_ms() < end && !calm.get() {
+                world.sleep_ms(1).await;
+            }
+            for node in nodes {
+                node.disk().set_faults(DiskFaults::default());
+                if !calm.get() {
+                    node.crash(Crash::PowerLoss);
+                }
+            }
+        });
+    }
+
+    /// Restarts what ended by itself, as a supervisor does, for as long as the run lasts; and what
+    /// died so late that nothing else will start it.
     pub async fn supervise(&self) {
+        let mut down = vec![0_u64; self.nodes.len()];
         loop {
             self.world.sleep_ms(500).await;
-            for node in &self.nodes {
-                if self.world.machine(*node).is_some_and(|machine| machine.has_exited()) {
+            for (node, down) in self.nodes.iter().zip(&mut down) {
+                let Some(machine) = self.world.machine(*node) else { continue };
+                *down = if machine.is_running() { 0 } else { *down + 500 };
+                let forgotten = *down > DOWN_MS_MAX && !self.calm.get();
+                if machine.has_exited() || forgotten {
                     start_if_down(&self.system, &self.world, *node);
                 }
             }

@@ -33,8 +33,31 @@ pub trait System: Clone + 'static {
     /// What the node has applied, for comparing replicas; nothing of those that can't be read now.
     fn replicas(&self, world: &World, node: NodeId) -> impl Future<Output = Vec<ReplicaView>>;
 
-    /// Whether a new attachment fences the writes of the one before.
+    /// Whether a new attachment fences the writes of the one before, one attachment writes, and
+    /// `NAME@ro` is for readers.
     fn fences(&self) -> bool;
+
+    /// How many storage nodes there are.
+    fn nodes(&self) -> u32;
+
+    /// Makes `node` write a checkpoint now, and calls `done` when it is durable.
+    fn checkpoint(&self, world: &World, node: NodeId, done: impl FnOnce() + 'static) {
+        let _ = (world, node, done);
+    }
+
+    /// What `node` found damaged on its disk since its process started; nothing may be while no
+    /// disk was harmed.
+    fn damage(&self, node: NodeId) -> Option<String> {
+        let _ = node;
+        None
+    }
+
+    /// Guarantee **bounded**: what on `node` is over its named limit. `calm`: for long enough that
+    /// what may exceed its bound for a moment must be back.
+    fn over_limit(&self, node: NodeId, calm: bool) -> Option<String> {
+        let _ = (node, calm);
+        None
+    }
 }
 
 /// A volume as a host sees it.
@@ -44,6 +67,8 @@ pub struct VolumeView {
     pub name: String,
     /// Its size in blocks.
     pub blocks: u64,
+    /// How many nodes hold it.
+    pub replicas: u32,
 }
 
 /// A replica as the harness sees it.

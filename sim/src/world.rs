@@ -11,6 +11,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use ballast_block::NodeId;
+use ballast_env::planted::PlantedBug;
 use ballast_env::raft_runtime;
 use tokio::sync::Notify;
 use tokio::task::LocalSet;
@@ -38,6 +39,7 @@ struct Inner {
     earlier: Notify,
     machines: RefCell<BTreeMap<NodeId, Machine>>,
     net: NetState,
+    planted: Cell<Option<PlantedBug>>,
 }
 
 /// Builds a world from `seed`, runs `scenario` in it and returns what that returns.
@@ -79,6 +81,7 @@ impl World {
             earlier: Notify::new(),
             machines: RefCell::default(),
             net: NetState::new(Rng::named(seed, "network", 0)),
+            planted: Cell::new(None),
         }))
     }
 
@@ -108,6 +111,16 @@ impl World {
     /// The network between the machines.
     pub fn net(&self) -> &NetState {
         &self.0.net
+    }
+
+    /// Plants a bug in every program of the world.
+    pub fn plant(&self, bug: Option<PlantedBug>) {
+        self.0.planted.set(bug);
+    }
+
+    /// The planted bug.
+    pub fn planted(&self) -> Option<PlantedBug> {
+        self.0.planted.get()
     }
 
     /// The seed of the run.

@@ -14,13 +14,13 @@ fn begin(oracle: &Oracle, start: u64, count: u32) -> WriteId {
 
 fn write(oracle: &Oracle, start: u64, count: u32) -> WriteId {
     let id = begin(oracle, start, count);
-    oracle.write_ends(id, Done);
+    oracle.write_ends(id, Done).unwrap();
     id
 }
 
 fn trim(oracle: &Oracle, start: u64, count: u32) {
     let id = oracle.write_begins(VOLUME, BlockRange::new(start, count), true);
-    oracle.write_ends(id, Done);
+    oracle.write_ends(id, Done).unwrap();
 }
 
 fn read_begins(oracle: &Oracle, start: u64, count: u32) -> ReadToken {
@@ -75,7 +75,7 @@ fn an_unknown_write_may_show_late_or_never_but_not_come_back() {
     let oracle = Oracle::default();
     let first = write(&oracle, 5, 1);
     let unknown = begin(&oracle, 5, 1);
-    oracle.write_ends(unknown, Unknown);
+    oracle.write_ends(unknown, Unknown).unwrap();
     read(&oracle, 5, &[Some(first)]).unwrap();
     read(&oracle, 5, &[Some(first)]).unwrap();
     read(&oracle, 5, &[Some(unknown)]).unwrap();
@@ -84,7 +84,7 @@ fn an_unknown_write_may_show_late_or_never_but_not_come_back() {
 
     let oracle = Oracle::default();
     let never = begin(&oracle, 5, 1);
-    oracle.write_ends(never, Unknown);
+    oracle.write_ends(never, Unknown).unwrap();
     let second = write(&oracle, 5, 1);
     read(&oracle, 5, &[Some(second)]).unwrap();
     // It may be proposed before and applied after the second: late, but once.
@@ -102,7 +102,7 @@ fn a_ghost_is_found() {
     let found = read(&oracle, 5, &[Some(WriteId(77))]);
     assert_eq!(found, Err(Violation::Ghost { volume: VOLUME, block: 5, write: WriteId(77) }));
     let refused = begin(&oracle, 5, 1);
-    oracle.write_ends(refused, Refused);
+    oracle.write_ends(refused, Refused).unwrap();
     let found = read(&oracle, 5, &[Some(refused)]);
     assert_eq!(found, Err(Violation::Refused { volume: VOLUME, block: 5, write: refused }));
     let found = oracle.read_ends(read_begins(&oracle, 5, 1), &[1; 4096]);
@@ -138,7 +138,7 @@ fn a_torn_write_is_found() {
     let oracle = Oracle::default();
     let old = write(&oracle, 0, 4);
     let torn = begin(&oracle, 0, 4);
-    oracle.write_ends(torn, Unknown);
+    oracle.write_ends(torn, Unknown).unwrap();
     let found = read(&oracle, 0, &[Some(torn), Some(old), Some(torn), Some(torn)]);
     assert_eq!(found, Err(Violation::Torn { volume: VOLUME, block: 1, write: torn }));
 
@@ -149,7 +149,7 @@ fn a_torn_write_is_found() {
     let oracle = Oracle::default();
     let old = write(&oracle, 0, 2);
     let torn = begin(&oracle, 0, 2);
-    oracle.write_ends(torn, Unknown);
+    oracle.write_ends(torn, Unknown).unwrap();
     read(&oracle, 0, &[Some(torn)]).unwrap();
     let found = read(&oracle, 1, &[Some(old)]);
     assert!(matches!(found, Err(Violation::Stale { .. })), "torn over two reads: {found:?}");
@@ -172,7 +172,7 @@ fn zeroes_must_have_a_source() {
     let trimming = oracle.write_begins(VOLUME, BlockRange::new(5, 1), true);
     read(&oracle, 5, &[Some(first)]).unwrap();
     read(&oracle, 5, &[ZERO]).unwrap();
-    oracle.write_ends(trimming, Done);
+    oracle.write_ends(trimming, Done).unwrap();
     let second = write(&oracle, 5, 1);
     assert!(read(&oracle, 5, &[ZERO]).is_err(), "the trim was over before {second:?}");
 
@@ -213,7 +213,8 @@ fn true_histories_pass() {
                     } else {
                         let id = *id;
                         writing.swap_remove(index);
-                        oracle.write_ends(id, if rng.chance(300_000) { Unknown } else { Done });
+                        let ended = if rng.chance(300_000) { Unknown } else { Done };
+                        oracle.write_ends(id, ended).unwrap();
                     }
                 }
                 5 | 6 if !reading.is_empty() => {

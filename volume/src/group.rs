@@ -13,6 +13,7 @@ use std::time::Duration;
 use ballast_block::{FamilyId, NodeId, ReplicaId};
 use ballast_env::Env;
 use ballast_env::clock::Instant;
+use ballast_env::planted::PlantedBug;
 use ballast_env::spawn::OwnedTask;
 use ballast_raft_store::entry::Command;
 use ballast_raft_store::replica::{Health, Replica};
@@ -58,7 +59,8 @@ impl Default for RaftSettings {
 const RESYNC_MS_MAX: u64 = 6 * 3600 * 1000;
 
 impl RaftSettings {
-    fn config(&self, family: FamilyId) -> Arc<Config> {
+    /// `restore` is a planted bug, never on outside the simulator.
+    fn config(&self, family: FamilyId, restore: bool) -> Arc<Config> {
         let ms = |duration: Duration| u64::try_from(duration.as_millis()).expect("short");
         let config = Config {
             cluster_name: family.to_string(),
@@ -72,12 +74,12 @@ impl RaftSettings {
             replication_lag_threshold: u64::MAX,
             enable_elect: false,
             enable_pre_vote: Some(true),
-            enable_leader_restore: Some(false),
+            enable_leader_restore: Some(restore),
             allow_log_reversion: Some(false),
             ..Config::default()
         };
         let config = config.validate().expect("settings are consistent");
-        assert_eq!(config.enable_leader_restore, Some(false), "hazard F1");
+        assert_eq!(config.enable_leader_restore, Some(restore), "hazard F1");
         Arc::new(config)
     }
 }
@@ -168,7 +170,7 @@ impl<E: Env> Group<E> {
             .map_err(|problem| StartGroupError::StateUnreadable { family, problem })?;
         let refused = |problem: String| StartGroupError::RaftRefused { family, problem };
         let fresh = is_fresh(&replica).await.map_err(|error| refused(error.to_string()))?;
-        let config = settings.config(family);
+        let config = settings.config(family, env.is_planted(PlantedBug::LeaderRestore));
         let raft = Raft::new(replica.id().0, config, network, replica.log(), machine)
             .await
             .map_err(|error| refused(error.to_string()))?;

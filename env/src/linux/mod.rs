@@ -30,12 +30,16 @@ pub use open::OpenError;
 
 use ring::Ring;
 
+use crate::planted::Planted;
+
 /// The real clock, disks and network, seen from one shard.
 #[derive(Clone)]
 pub struct LinuxEnv {
     ring: Rc<Ring>,
     sync_by: SyncBy,
 }
+
+impl Planted for LinuxEnv {}
 
 impl LinuxEnv {
     /// The outside world of the calling thread, which must run a current-thread tokio runtime

@@ -30,6 +30,7 @@ use crate::clock::{Clock, Instant};
 use crate::disk::{Disk, File, OpenMode};
 use crate::entropy::Entropy;
 use crate::network::{Address, Network};
+use crate::planted::Planted;
 use crate::spawn::{Spawn, Task};
 
 /// What happened, in the order in which it happened.
@@ -217,6 +218,8 @@ impl<E: Env> Clock for Recorder<E> {
         self.inner.sleep(duration)
     }
 }
+
+impl<E: Env> Planted for Recorder<E> {}
 
 impl<E: Env> Entropy for Recorder<E> {
     fn random_u64(&self) -> u64 {

@@ -16,6 +16,7 @@ use ballast_env::clock::{Clock, Instant};
 use ballast_env::disk::{Disk, File, OpenMode};
 use ballast_env::entropy::Entropy;
 use ballast_env::network::{Address, Listener, Network};
+use ballast_env::planted::Planted;
 use ballast_env::spawn::{Spawn, Task};
 use bytes::Bytes;
 use tokio::io::DuplexStream;
@@ -281,6 +282,8 @@ impl Clock for MemoryEnv {
         tokio::time::sleep(duration)
     }
 }
+
+impl Planted for MemoryEnv {}
 
 impl Entropy for MemoryEnv {
     fn random_u64(&self) -> u64 {

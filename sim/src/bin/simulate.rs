@@ -7,6 +7,7 @@ use std::io::Read;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
+use ballast_env::planted;
 use ballast_sim::ballast::{Ballast, Sizes};
 use ballast_sim::cluster::{Report, simulate};
 use ballast_sim::plan::Plan;
@@ -70,7 +71,10 @@ enum SystemName {
 enum PlantedBug {
     LeaderRestore,
     EarlyAck,
-    UncheckedReads,
+    SkippedReadGate,
+    LiveBlockFreed,
+    EarlyCheckpoint,
+    /// Of the toy only.
     ForgetsVotes,
 }
 
@@ -84,14 +88,25 @@ impl RunOptions {
         arguments
     }
 
-    fn planted(&self) -> Planted {
+    fn planted(&self) -> Option<planted::PlantedBug> {
+        match self.plant? {
+            PlantedBug::LeaderRestore => Some(planted::PlantedBug::LeaderRestore),
+            PlantedBug::EarlyAck => Some(planted::PlantedBug::EarlyAck),
+            PlantedBug::SkippedReadGate => Some(planted::PlantedBug::SkippedReadGate),
+            PlantedBug::LiveBlockFreed => Some(planted::PlantedBug::LiveBlockFreed),
+            PlantedBug::EarlyCheckpoint => Some(planted::PlantedBug::EarlyCheckpoint),
+            PlantedBug::ForgetsVotes => None,
+        }
+    }
+
+    fn planted_in_toy(&self) -> Planted {
         let mut planted = Planted::default();
         match self.plant {
-            None => {}
             Some(PlantedBug::LeaderRestore) => planted.leader_restore = true,
             Some(PlantedBug::EarlyAck) => planted.early_ack = true,
-            Some(PlantedBug::UncheckedReads) => planted.unchecked_reads = true,
+            Some(PlantedBug::SkippedReadGate) => planted.unchecked_reads = true,
             Some(PlantedBug::ForgetsVotes) => planted.forgets_votes = true,
+            Some(PlantedBug::LiveBlockFreed | PlantedBug::EarlyCheckpoint) | None => {}
         }
         planted
     }
@@ -131,10 +146,8 @@ fn one(seed: u64, options: &Options) -> ExitCode {
     // On a thread of its own: hash maps that logging or arguments made have drawn from this
     // thread's random state, and with them the run would be another.
     let run = std::thread::spawn(move || match of_run.system {
-        SystemName::Node => {
-            report(Ballast::new(seed, Sizes::default()), seed, of_run.steps, verbose)
-        }
-        SystemName::Toy => report(Toy::new(of_run.planted()), seed, of_run.steps, verbose),
+        SystemName::Node => report(Ballast::new(seed, Sizes::of(seed)), seed, &of_run, verbose),
+        SystemName::Toy => report(Toy::new(of_run.planted_in_toy()), seed, &of_run, verbose),
     });
     let failure = match run.join() {
         Ok(report) => {
@@ -154,8 +167,9 @@ fn one(seed: u64, options: &Options) -> ExitCode {
     ExitCode::FAILURE
 }
 
-fn report(system: impl System, seed: u64, steps: Option<u64>, verbose: bool) -> Report {
-    let plan = Plan::of(seed, steps, system.request_blocks_max());
+fn report(system: impl System, seed: u64, run: &RunOptions, verbose: bool) -> Report {
+    let mut plan = Plan::of(seed, run.steps, &system);
+    plan.planted = run.planted();
     simulate(system, seed, plan, verbose)
 }
 

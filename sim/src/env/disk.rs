@@ -7,7 +7,8 @@
 //!   subset of its 512-byte sectors, or a prefix of them. Writes in flight land in any order.
 //! - Reads see what is stored when they complete. Chosen ranges rot (a bit flips) or fail to read
 //!   until they are written again; reads and writes fail with a chance.
-//! - Latencies are whole milliseconds, multiplied on a slow disk; a stall holds every completion.
+//! - Latencies are whole milliseconds, longer on a slow disk, much longer for a few operations (a
+//!   tail); a stall holds every completion.
 //! - A discarded block reads as zeroes or as before.
 //! - The disk may be replaced by an empty one, or by an older copy of itself.
 //!
@@ -41,6 +42,10 @@ pub struct DiskFaults {
     pub latency_min_ms: u64,
     /// Longest latency in milliseconds.
     pub latency_max_ms: u64,
+    /// Operations that take [`DiskFaults::tail_ms`] longer.
+    pub tail_rate: u64,
+    /// How much longer, in milliseconds.
+    pub tail_ms: u64,
     /// Reads that fail.
     pub read_error_rate: u64,
     /// Writes that fail, and may be there in part.
@@ -54,6 +59,8 @@ impl Default for DiskFaults {
         Self {
             latency_min_ms: 1,
             latency_max_ms: 3,
+            tail_rate: 0,
+            tail_ms: 0,
             read_error_rate: 0,
             write_error_rate: 0,
             lose_completed: 0,
@@ -218,7 +225,12 @@ impl DiskState {
     fn latency_ms(&self, world: &World) -> u64 {
         let faults = self.faults.borrow();
         let latency = self.rng.between(faults.latency_min_ms, faults.latency_max_ms);
-        latency + self.stalled_until_ms.get().saturating_sub(world.now_ms())
+        let tail = if faults.tail_rate > 0 && self.rng.chance(faults.tail_rate) {
+            self.rng.between(1, faults.tail_ms)
+        } else {
+            0
+        };
+        latency + tail + self.stalled_until_ms.get().saturating_sub(world.now_ms())
     }
 }
 

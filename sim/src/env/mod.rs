@@ -17,6 +17,7 @@ use ballast_env::clock::{Clock, Instant};
 use ballast_env::disk::{Disk, OpenMode};
 use ballast_env::entropy::Entropy;
 use ballast_env::network::{Address, Network};
+use ballast_env::planted::{Planted, PlantedBug};
 use ballast_env::raft_runtime;
 use ballast_env::spawn::{Spawn, Task};
 
@@ -82,6 +83,12 @@ impl Clock for SimEnv {
 impl Entropy for SimEnv {
     fn random_u64(&self) -> u64 {
         self.machine.entropy().draw()
+    }
+}
+
+impl Planted for SimEnv {
+    fn is_planted(&self, bug: PlantedBug) -> bool {
+        self.world.planted() == Some(bug)
     }
 }
 

@@ -36,9 +36,12 @@ pub struct Mix {
     pub pause_ms_max: u64,
     /// How long a host waits for an answer before it drops the connection, in milliseconds.
     pub patience_ms: u64,
-    /// Whether a new connection fences what older ones left without answer. Only for a host that
-    /// is alone on its volume.
+    /// Whether a new connection fences what older ones left without answer.
     pub fenced: bool,
+    /// Whether it only reads, through the export for readers.
+    pub reader: bool,
+    /// Answers after which it leaves the volume to another host for a while; 0: never.
+    pub leave_after: u64,
 }
 
 /// A host's view of one volume, shared with the scenario that watches it.
@@ -49,10 +52,14 @@ pub struct Host {
     export: String,
     targets: Vec<Address>,
     mix: Mix,
-    client: RefCell<Option<Rc<NbdClient>>>,
+    client: RefCell<Option<(Rc<NbdClient>, u64)>>,
     connecting: tokio::sync::Mutex<u64>,
     /// Requests that were answered with success.
     answered: Cell<u64>,
+    /// Of these, writes and trims.
+    written: Cell<u64>,
+    /// Answers at which it leaves.
+    leave_at: Cell<u64>,
     in_flight: Cell<u64>,
     stopping: Cell<bool>,
     violation: RefCell<Option<Violation>>,
@@ -72,12 +79,14 @@ impl Host {
             oracle,
             rng,
             volume,
-            export: export.to_owned(),
+            export: if mix.reader { format!("{export}@ro") } else { export.to_owned() },
             targets,
             mix,
             client: RefCell::new(None),
             connecting: tokio::sync::Mutex::new(first),
             answered: Cell::new(0),
+            written: Cell::new(0),
+            leave_at: Cell::new(u64::MAX),
             in_flight: Cell::new(0),
             stopping: Cell::new(false),
             violation: RefCell::new(None),
@@ -109,6 +118,21 @@ impl Host {
         self.answered.get()
     }
 
+    /// Of these, writes and trims.
+    pub fn written(&self) -> u64 {
+        self.written.get()
+    }
+
+    /// Whether it only reads.
+    pub fn is_reader(&self) -> bool {
+        self.mix.reader
+    }
+
+    /// The oracle's number of its volume.
+    pub fn volume(&self) -> u64 {
+        self.volume
+    }
+
     /// Requests without answer yet.
     pub fn in_flight(&self) -> u64 {
         self.in_flight.get()
@@ -128,12 +152,17 @@ impl Host {
         }
     }
 
+    /// Reads that [`Host::read_back`] makes.
+    pub fn unread(&self) -> usize {
+        self.oracle.written(self.volume, self.mix.request_blocks_max as u32).len()
+    }
+
     async fn one_request(&self, env: &SimEnv) {
         let count = self.rng.between(1, self.mix.request_blocks_max.min(self.mix.blocks));
         let start = self.rng.below(self.mix.blocks - count + 1);
         let range = BlockRange::new(start, count as u32);
         let kind = self.rng.below(1_000_000);
-        if kind < self.mix.read_rate {
+        if kind < self.mix.read_rate || self.mix.reader {
             self.read(env, range).await;
         } else {
             self.write(env, range, kind < self.mix.read_rate + self.mix.zero_rate).await;
@@ -141,30 +170,39 @@ impl Host {
     }
 
     async fn read(&self, env: &SimEnv, range: BlockRange) -> bool {
-        let Some(client) = self.connected(env).await else { return false };
+        let Some((client, _)) = self.connected(env).await else { return false };
         let token = self.oracle.read_begins(self.volume, range);
         let offset = range.start * BLOCK_SIZE_U64;
         let command = Command::Read { offset, length: range.bytes() as u32 };
         let Ok(bytes) = self.ask(env, &client, command).await else { return false };
-        if let Err(violation) = self.oracle.read_ends(token, &bytes) {
-            env.world().note(format!("VIOLATION {violation}"));
-            self.violation.borrow_mut().get_or_insert(violation);
-        }
+        let ended = self.oracle.read_ends(token, &bytes);
+        self.judge(env, ended);
         true
     }
 
+    fn judge(&self, env: &SimEnv, outcome: Result<(), Violation>) {
+        if let Err(violation) = outcome {
+            env.world().note(format!("VIOLATION {violation}"));
+            self.violation.borrow_mut().get_or_insert(violation);
+        }
+    }
+
     async fn write(&self, env: &SimEnv, range: BlockRange, zeroes: bool) {
-        let Some(client) = self.connected(env).await else { return };
-        let id = self.oracle.write_begins(self.volume, range, zeroes);
+        let Some((client, attachment)) = self.connected(env).await else { return };
+        let id = self.oracle.write_begins_under(attachment, self.volume, range, zeroes);
         env.world().note(format!("{} {id:?} begins {range}", self.export));
         let command = self.write_command(id, range, zeroes);
         let outcome = match self.ask(env, &client, command).await {
-            Ok(_) => Outcome::Done,
+            Ok(_) => {
+                self.written.set(self.written.get() + 1);
+                Outcome::Done
+            }
             Err(error) if error.is_refusal() => Outcome::Refused,
             Err(_) => Outcome::Unknown,
         };
         env.world().note(format!("{} {id:?} ends {outcome:?}", self.export));
-        self.oracle.write_ends(id, outcome);
+        let ended = self.oracle.write_ends(id, outcome);
+        self.judge(env, ended);
     }
 
     fn write_command(&self, id: WriteId, range: BlockRange, zeroes: bool) -> Command {
@@ -205,16 +243,22 @@ impl Host {
 
     fn disconnect(&self, client: &Rc<NbdClient>) {
         let mut current = self.client.borrow_mut();
-        if current.as_ref().is_some_and(|current| Rc::ptr_eq(current, client)) {
+        if current.as_ref().is_some_and(|(current, _)| Rc::ptr_eq(current, client)) {
             *current = None;
         }
     }
 
     /// The connection, made anew when there is none. `None` when no target took it this time.
-    async fn connected(&self, env: &SimEnv) -> Option<Rc<NbdClient>> {
+    async fn connected(&self, env: &SimEnv) -> Option<(Rc<NbdClient>, u64)> {
         let mut next = self.connecting.lock().await;
-        if let Some(client) = self.client.borrow().clone().filter(|client| !client.is_lost()) {
-            return Some(client);
+        if self.answered.get() >= self.leave_at.get() && !self.stopping.get() {
+            self.leave_at.set(u64::MAX);
+            self.client.replace(None);
+            env.sleep(Duration::from_millis(self.rng.between(50, 1_000))).await;
+        }
+        let current = self.client.borrow().clone();
+        if let Some(current) = current.filter(|(client, _)| !client.is_lost()) {
+            return Some(current);
         }
         let target = self.targets[*next as usize % self.targets.len()].clone();
         *next += 1;
@@ -230,11 +274,13 @@ impl Host {
         };
         assert!(client.size() >= self.mix.blocks * BLOCK_SIZE_U64, "the export is smaller");
         env.world().note(format!("{} connected to {target}", self.export));
-        if self.mix.fenced {
-            self.oracle.fence(self.volume);
+        let fences = self.mix.fenced && !self.mix.reader;
+        let attachment = if fences { self.oracle.fence(self.volume) } else { u64::MAX };
+        if self.mix.leave_after > 0 {
+            self.leave_at.set(self.answered.get() + self.mix.leave_after);
         }
-        let client = Rc::new(client);
-        self.client.replace(Some(client.clone()));
-        Some(client)
+        let made = (Rc::new(client), attachment);
+        self.client.replace(Some(made.clone()));
+        Some(made)
     }
 }

@@ -105,6 +105,15 @@ pub enum Violation {
         /// What should have been, or something later.
         newer: WriteId,
     },
+    /// A write succeeded under an attachment that was replaced before it began: **fenced**,
+    /// **one-writer**.
+    #[error("volume {volume}: {write:?} succeeded although a newer attachment was admitted before")]
+    TwoWriters {
+        /// The volume.
+        volume: u64,
+        /// The write.
+        write: WriteId,
+    },
     /// A read saw a part of a write only: **atomic-write**.
     #[error("volume {volume}: a read saw {write:?} in one block and older data in block {block}")]
     Torn {
@@ -123,6 +132,8 @@ pub struct Oracle {
     time: Cell<u64>,
     writes: RefCell<Vec<Write>>,
     blocks: RefCell<BTreeMap<(u64, u64), Block>>,
+    /// The newest attachment of each volume, from 1.
+    attachments: RefCell<BTreeMap<u64, u64>>,
 }
 
 struct Write {
@@ -134,6 +145,8 @@ struct Write {
     /// When it was fenced: it happened before or never.
     deadline: u64,
     refused: bool,
+    /// It began under an attachment that was not the newest any more.
+    fenced: bool,
 }
 
 #[derive(Default)]
@@ -157,12 +170,27 @@ impl Oracle {
 
     /// A host begins to write `range` of `volume`; with zeroes, or with the stamps of the id.
     pub fn write_begins(&self, volume: u64, range: BlockRange, zeroes: bool) -> WriteId {
+        self.write_begins_under(u64::MAX, volume, range, zeroes)
+    }
+
+    /// As [`Oracle::write_begins`], under the attachment that [`Oracle::fence`] numbered: if it is
+    /// not the newest, nobody may ever see the write.
+    pub fn write_begins_under(
+        &self,
+        attachment: u64,
+        volume: u64,
+        range: BlockRange,
+        zeroes: bool,
+    ) -> WriteId {
+        let newest = self.attachments.borrow().get(&volume).copied().unwrap_or(0);
+        let fenced = attachment < newest;
         let began = self.next_time();
         let mut writes = self.writes.borrow_mut();
         // Id 0 stays free, so that a block of zeroes is no stamp.
         let id = WriteId(writes.len() as u64 + 1);
         let (in_effect, deadline) = (u64::MAX, u64::MAX);
-        writes.push(Write { volume, range, zeroes, began, in_effect, deadline, refused: false });
+        let refused = fenced;
+        writes.push(Write { volume, range, zeroes, began, in_effect, deadline, refused, fenced });
         let mut blocks = self.blocks.borrow_mut();
         for block in range.start..range.end() {
             blocks.entry((volume, block)).or_default().writes.push(id);
@@ -171,25 +199,36 @@ impl Oracle {
     }
 
     /// The write `id` ended.
-    pub fn write_ends(&self, id: WriteId, outcome: Outcome) {
+    ///
+    /// # Errors
+    /// [`Violation::TwoWriters`]: it succeeded under an attachment that was replaced before.
+    pub fn write_ends(&self, id: WriteId, outcome: Outcome) -> Result<(), Violation> {
         let ended = self.next_time();
         let mut writes = self.writes.borrow_mut();
         let write = &mut writes[(id.0 - 1) as usize];
+        if outcome == Outcome::Done && write.fenced {
+            return Err(Violation::TwoWriters { volume: write.volume, write: id });
+        }
         match outcome {
             Outcome::Done => write.in_effect = write.in_effect.min(ended).min(write.deadline),
             Outcome::Unknown => {}
             Outcome::Refused => write.refused = true,
         }
+        Ok(())
     }
 
     /// A new attachment of `volume` was admitted: writes of older ones happened by now, or never
-    /// will (guarantee **fenced**).
-    pub fn fence(&self, volume: u64) {
+    /// will (guarantee **fenced**). Answers its number.
+    pub fn fence(&self, volume: u64) -> u64 {
+        let mut attachments = self.attachments.borrow_mut();
+        let newest = attachments.entry(volume).or_insert(0);
+        *newest += 1;
         let now = self.next_time();
         let mut writes = self.writes.borrow_mut();
         for write in writes.iter_mut().filter(|write| write.volume == volume) {
             write.deadline = write.deadline.min(now);
         }
+        *newest
     }
 
     /// A host begins to read.

@@ -206,7 +206,7 @@ impl System for Toy {
     }
 
     fn volumes(&self) -> Vec<VolumeView> {
-        vec![VolumeView { name: VOLUME.to_owned(), blocks: VOLUME_BLOCKS }]
+        vec![VolumeView { name: VOLUME.to_owned(), blocks: VOLUME_BLOCKS, replicas: 3 }]
     }
 
     fn nbd_address(&self, node: NodeId) -> Address {
@@ -228,5 +228,9 @@ impl System for Toy {
 
     fn fences(&self) -> bool {
         false
+    }
+
+    fn nodes(&self) -> u32 {
+        self.handles.len() as u32
     }
 }
