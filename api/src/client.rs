@@ -174,6 +174,8 @@ calls! {
     get_node(GetNodeRequest) -> GetNodeResponse;
     /// Pools of a node, or all.
     list_pools(ListPoolsRequest) -> ListPoolsResponse;
+    /// Gives a pool up, for a new one to take its place.
+    replace_pool(ReplacePoolRequest) -> ReplacePoolResponse;
     /// How the cluster is.
     get_status(GetStatusRequest) -> GetStatusResponse;
     /// How the first node that answers is.

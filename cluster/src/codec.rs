@@ -86,7 +86,7 @@ impl ClusterState {
     /// The whole state as bytes. Equal states give equal bytes.
     pub fn encode(&self) -> Vec<u8> {
         let record = StateRecord {
-            min_reader: 1,
+            min_reader: self.min_reader(),
             cluster: self.cluster.as_bytes().to_vec(),
             generation: self.generation,
             revision: self.revision,
@@ -103,6 +103,13 @@ impl ClusterState {
         bytes.extend_from_slice(&crc32(&body).to_le_bytes());
         bytes.extend_from_slice(&body);
         bytes
+    }
+
+    /// What is older must not meet what it would drop.
+    fn min_reader(&self) -> u32 {
+        let marked = self.pools.values().any(|pool| pool.mark != 0);
+        let replaced = self.nodes.values().any(|node| node.member.is_some());
+        if marked || replaced { 2 } else { 1 }
     }
 
     /// From what [`ClusterState::encode`] gave.
@@ -162,7 +169,9 @@ impl ClusterState {
     /// The first [`StateProblem`] found.
     pub fn check(&self) -> Result<(), StateProblem> {
         let last_family = self.families.keys().next_back().map_or(0, |family| family.0);
-        let last_replica = self.replicas.keys().next_back().map_or(0, |replica| replica.0);
+        let members = self.nodes.values().filter_map(|node| node.member);
+        let replicas = self.replicas.keys().copied().chain(members);
+        let last_replica = replicas.max().map_or(0, |replica| replica.0);
         if self.next_family <= last_family
             || self.next_replica <= last_replica.max(FIRST_REPLICA - 1)
         {
@@ -224,6 +233,8 @@ impl From<&Node> for NodeRecord {
             peer_address: node.peer_address.clone(),
             labels: node.labels.clone(),
             state: 0,
+            member: node.member.map_or(0, |member| member.0),
+            replacing: node.replacing,
         };
         record.set_state(node.state.into());
         record
@@ -241,6 +252,8 @@ impl TryFrom<NodeRecord> for Node {
             peer_address: record.peer_address,
             labels: record.labels,
             state,
+            member: (record.member != 0).then_some(ReplicaId(record.member)),
+            replacing: record.replacing,
         })
     }
 }
@@ -254,6 +267,7 @@ impl From<&Pool> for PoolRecord {
             incarnation: pool.incarnation,
             space: Some(pool.space.into()),
             state: 0,
+            mark: pool.mark,
         };
         record.set_state(pool.state.into());
         record
@@ -269,6 +283,7 @@ impl TryFrom<PoolRecord> for Pool {
             node: NodeId(record.node),
             boot_counter: record.boot_counter,
             incarnation: record.incarnation,
+            mark: record.mark,
             space: record.space.unwrap_or_default().into(),
             state: record.state().try_into()?,
         })
@@ -286,6 +301,11 @@ impl From<&Volume> for VolumeRecord {
             replicas: volume.replicas.iter().map(|replica| replica.0).collect(),
             created_at_ms: volume.created_at_ms,
             phase: 0,
+            founded_bytes: if volume.founded_bytes == volume.size_bytes {
+                0
+            } else {
+                volume.founded_bytes
+            },
         };
         record.set_phase(volume.phase.into());
         record
@@ -301,6 +321,10 @@ impl TryFrom<VolumeRecord> for Volume {
             id: VolumeId::from_bytes(id_bytes(&record.id)?),
             name: record.name,
             size_bytes: record.size_bytes,
+            founded_bytes: match record.founded_bytes {
+                0 => record.size_bytes,
+                founded => founded,
+            },
             family: FamilyId(record.family),
             replica_count: record.replica_count,
             replicas: record.replicas.into_iter().map(ReplicaId).collect(),

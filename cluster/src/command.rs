@@ -10,7 +10,7 @@ use crate::view::{PoolSpace, PoolState};
 use crate::wire::{self, CommandKind, CommandRecord};
 
 /// The newest commands and states that this build understands.
-pub const READER_VERSION: u32 = 1;
+pub const READER_VERSION: u32 = 2;
 
 /// One entry of the cluster group's log. Each may be applied twice: the second time changes nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,6 +19,20 @@ pub enum Command {
     RegisterNode(RegisterNode),
     /// A node's process opened a pool, before it uses any replica of it.
     NodeBooted(NodeBooted),
+    /// Give up a node's pool and let a freshly made one take its place. The pool named is lost from
+    /// then on. Asked again with the same pool = the same answer.
+    ReplacePool {
+        /// Whose.
+        node: NodeId,
+        /// The pool that is given up.
+        pool: PoolId,
+    },
+    /// A replica can't be mended: its vote or its extent map is lost. One with a new id takes its
+    /// place in the same pool. One that was replaced is no change.
+    ReplaceReplica {
+        /// Which.
+        replica: ReplicaId,
+    },
     /// A pool's use or health changed.
     ReportPool {
         /// Which.
@@ -78,6 +92,9 @@ pub struct RegisterNode {
 /// (hazard F5): the pool and its replicas are lost. So that a *repeated* report is not taken for
 /// that, it names its process; and it must reach the group only over a link of that process: a
 /// report of an earlier process that arrives after the one of a later is dropped with its link.
+///
+/// The counter alone is not enough: it grows with each start, also of a pool that was refused. The
+/// marks do not: see [`crate::view::Pool::mark`] and docs/disk-format.md.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeBooted {
     /// The node.
@@ -90,6 +107,14 @@ pub struct NodeBooted {
     pub incarnation: u64,
     /// The pool's size and use.
     pub space: PoolSpace,
+    /// The last mark that the pool knows to be accepted; 0 = none.
+    pub settled: u64,
+    /// The boot counter of the start that was accepted with it.
+    pub settled_boot: u64,
+    /// The mark that it offers; 0 = an older program reports.
+    pub offered: u64,
+    /// The pool's member of the cluster group, if it has one.
+    pub member: Option<ReplicaId>,
 }
 
 /// See [`Command::CreateVolume`].
@@ -133,6 +158,8 @@ impl Command {
         match self {
             Command::RegisterNode(_) => "register-node",
             Command::NodeBooted(_) => "node-booted",
+            Command::ReplacePool { .. } => "replace-pool",
+            Command::ReplaceReplica { .. } => "replace-replica",
             Command::ReportPool { .. } => "report-pool",
             Command::CreateVolume(_) => "create-volume",
             Command::ReplicaReady { .. } => "replica-ready",
@@ -146,7 +173,11 @@ impl Command {
     /// The oldest reader version that applies it as meant. A command whose meaning changes gets a
     /// higher one, and may be proposed only when all registered nodes have it.
     pub fn min_reader(&self) -> u32 {
-        1
+        match self {
+            Command::NodeBooted(it) if it.offered != 0 || it.member.is_some() => 2,
+            Command::ReplacePool { .. } | Command::ReplaceReplica { .. } => 2,
+            _ => 1,
+        }
     }
 
     /// Its replicated form.
@@ -191,7 +222,18 @@ impl From<&Command> for CommandKind {
                 boot_counter: it.boot_counter,
                 incarnation: it.incarnation,
                 space: Some(it.space.into()),
+                settled: it.settled,
+                settled_boot: it.settled_boot,
+                offered: it.offered,
+                member: it.member.map_or(0, |member| member.0),
             }),
+            Command::ReplacePool { node, pool } => CommandKind::ReplacePool(wire::ReplacePool {
+                node: node.0,
+                pool: pool.as_bytes().to_vec(),
+            }),
+            Command::ReplaceReplica { replica } => {
+                CommandKind::ReplaceReplica(wire::ReplaceReplica { replica: replica.0 })
+            }
             Command::ReportPool { pool, space, state } => {
                 CommandKind::ReportPool(wire::ReportPool {
                     pool: pool.as_bytes().to_vec(),
@@ -243,7 +285,18 @@ impl TryFrom<CommandKind> for Command {
                 boot_counter: it.boot_counter,
                 incarnation: it.incarnation,
                 space: it.space.unwrap_or_default().into(),
+                settled: it.settled,
+                settled_boot: it.settled_boot,
+                offered: it.offered,
+                member: (it.member != 0).then_some(ReplicaId(it.member)),
             }),
+            CommandKind::ReplacePool(it) => Command::ReplacePool {
+                node: NodeId(it.node),
+                pool: PoolId::from_bytes(id_bytes(&it.pool)?),
+            },
+            CommandKind::ReplaceReplica(it) => {
+                Command::ReplaceReplica { replica: ReplicaId(it.replica) }
+            }
             CommandKind::ReportPool(it) => Command::ReportPool {
                 pool: PoolId::from_bytes(id_bytes(&it.pool)?),
                 space: it.space.unwrap_or_default().into(),

@@ -130,6 +130,30 @@ pub enum Refusal {
     #[error("pool {pool} was lost and never serves again: make a new pool on its disk")]
     PoolLost { pool: PoolId },
     /// See the message.
+    #[error(
+        "pool {pool} is not the one that {node} is known by ({known}): if that one is lost, say so \
+         with `ballastctl pool replace`, and format this one as it tells you"
+    )]
+    PoolNotExpected { node: NodeId, pool: PoolId, known: PoolId },
+    /// See the message.
+    #[error(
+        "pool {pool} knows of a start that the cluster does not know ({settled_boot}, the cluster \
+         knows {known}): the cluster group went back in time; bring back its nodes"
+    )]
+    PoolAhead { pool: PoolId, settled_boot: u64, known: u64 },
+    /// See the message.
+    #[error(
+        "{replica} can't be replaced now: it takes a majority of the other replicas to bring back \
+         what it held; bring back their nodes"
+    )]
+    ReplicaNotReplaceable { replica: ReplicaId },
+    /// See the message.
+    #[error(
+        "pool {pool} can't be replaced: {nodes} nodes can't bring back what it held; a cluster of 3 \
+         or 5 nodes can"
+    )]
+    NotReplaceable { pool: PoolId, nodes: usize },
+    /// See the message.
     #[error("pool {pool} can't be added: {node} has {NODE_POOLS_MAX} pools, which is its limit")]
     TooManyPools { node: NodeId, pool: PoolId },
     /// A refusal that came from the node that leads the cluster group, as it was worded there.
@@ -165,7 +189,11 @@ impl Refusal {
             | Refusal::ReplicaBeingRemoved { .. }
             | Refusal::ReplicaNotRemoving { .. }
             | Refusal::PoolOnOtherNode { .. }
-            | Refusal::PoolLost { .. } => Code::FailedPrecondition,
+            | Refusal::PoolLost { .. }
+            | Refusal::PoolNotExpected { .. }
+            | Refusal::PoolAhead { .. }
+            | Refusal::NotReplaceable { .. }
+            | Refusal::ReplicaNotReplaceable { .. } => Code::FailedPrecondition,
             Refusal::NoSpace { .. }
             | Refusal::TooManyNodes { .. }
             | Refusal::TooManyPools { .. } => Code::ResourceExhausted,

@@ -11,6 +11,7 @@
 mod codec;
 mod command;
 mod error;
+mod lineage;
 mod nodes;
 mod placement;
 mod reply_codec;
@@ -23,6 +24,7 @@ mod wire;
 pub use codec::{StateError, StateProblem};
 pub use command::{Command, CommandError, CreateVolume, NodeBooted, READER_VERSION, RegisterNode};
 pub use error::{NodeProblem, Refusal, RefusalCode, SizeProblem};
+pub use lineage::{Marks, Past};
 pub use reply_codec::ReplyError;
 pub use state::{ClusterState, Reply};
 pub use validate::{check_volume_name, check_volume_size};

@@ -5,9 +5,12 @@ use ballast_block::{FamilyId, NodeId, PoolId, ReplicaId};
 
 use crate::command::{NodeBooted, RegisterNode};
 use crate::error::Refusal;
+use crate::lineage::{Marks, Past};
 use crate::state::{ClusterState, Outcome, Reply};
 use crate::validate::check_register_node;
-use crate::view::{Node, NodeState, Pool, PoolSpace, PoolState, ReplicaState};
+use crate::view::{
+    Node, NodeState, Pool, PoolSpace, PoolState, Replica, ReplicaState, VolumePhase,
+};
 
 impl ClusterState {
     pub(crate) fn register_node(&mut self, command: RegisterNode) -> Result<Outcome, Refusal> {
@@ -33,12 +36,14 @@ impl ClusterState {
             return Err(Refusal::TooManyNodes { node: id, limit: CLUSTER_NODES_MAX });
         }
         let state = NodeState::Registered;
-        self.nodes.insert(id, Node { id, name, peer_address, labels, state });
+        let (member, replacing) = (None, false);
+        let node = Node { id, name, peer_address, labels, state, member, replacing };
+        self.nodes.insert(id, node);
         Ok(Outcome::done(true))
     }
 
     pub(crate) fn node_booted(&mut self, command: &NodeBooted) -> Result<Outcome, Refusal> {
-        let NodeBooted { node, pool: id, boot_counter, incarnation, space } = *command;
+        let NodeBooted { node, pool: id, boot_counter, incarnation, space, .. } = *command;
         if boot_counter == 0 {
             return Err(Refusal::BootCounterInvalid { pool: id });
         }
@@ -57,7 +62,9 @@ impl ClusterState {
             }
             return Ok(Outcome::done(false));
         }
-        if boot_counter <= known.boot_counter {
+        let marks = Marks::of(command);
+        let past = known.past_of(boot_counter, incarnation, marks);
+        if past == Past::RolledBack {
             let known_counter = known.boot_counter;
             let changed = self.lose_pool(id);
             let reply = Reply::PoolRolledBack {
@@ -71,22 +78,135 @@ impl ClusterState {
         if known.state == PoolState::Lost {
             return Err(Refusal::PoolLost { pool: id });
         }
+        if past == Past::Unknown {
+            let (settled_boot, known) = (marks.settled_boot, known.boot_counter);
+            return Err(Refusal::PoolAhead { pool: id, settled_boot, known });
+        }
         known.boot_counter = boot_counter;
         known.incarnation = incarnation;
+        known.mark = marks.offered;
         known.space = space;
         known.state = PoolState::Ok;
         Ok(Outcome::done(true))
     }
 
+    /// A pool that was never seen: the node's first, or one that was made to replace a lost one.
     fn add_pool(&mut self, command: &NodeBooted) -> Result<Outcome, Refusal> {
-        let NodeBooted { node, pool: id, boot_counter, incarnation, space } = *command;
-        if self.pools.values().filter(|pool| pool.node == node).count() >= NODE_POOLS_MAX {
+        let NodeBooted { node, pool: id, boot_counter, incarnation, space, offered, .. } = *command;
+        let others: Vec<Pool> = self.pools_on(node).copied().collect();
+        if others.len() >= NODE_POOLS_MAX {
             return Err(Refusal::TooManyPools { node, pool: id });
         }
+        // A pool with a member of the cluster group is the node's only one: a second one with the
+        // same member would have forgotten what the first one promised (hazard F5).
+        let expected = self.nodes.get(&node).is_some_and(|known| {
+            known.replacing && known.member.is_some() && known.member == command.member
+        });
+        if let Some(other) = others.last()
+            && command.member.is_some()
+            && !expected
+        {
+            let serving = others.iter().find(|pool| pool.state != PoolState::Lost);
+            let known = serving.unwrap_or(other).id;
+            return Err(Refusal::PoolNotExpected { node, pool: id, known });
+        }
         let state = PoolState::Ok;
-        self.pools.insert(id, Pool { id, node, boot_counter, incarnation, space, state });
+        let mark = offered;
+        self.pools.insert(id, Pool { id, node, boot_counter, incarnation, mark, space, state });
         self.nodes.get_mut(&node).expect("the caller found it").state = NodeState::Active;
+        if expected {
+            self.replace_replicas(node, id);
+        }
+        let lost = others.iter().filter(|pool| pool.state == PoolState::Lost);
+        lost.for_each(|pool| self.forget_empty(pool.id));
         Ok(Outcome::done(true))
+    }
+
+    /// Gives a node's pool up; answers which member of the cluster group its next pool must have.
+    pub(crate) fn replace_pool(&mut self, node: NodeId, id: PoolId) -> Result<Outcome, Refusal> {
+        let known = self.nodes.get(&node).ok_or(Refusal::UnknownNode { node })?;
+        let pool = self.pools.get(&id).ok_or(Refusal::UnknownPool { pool: id })?;
+        if pool.node != node {
+            return Err(Refusal::PoolOnOtherNode { pool: id, owner: pool.node, node });
+        }
+        if self.nodes.len() < 3 {
+            return Err(Refusal::NotReplaceable { pool: id, nodes: self.nodes.len() });
+        }
+        let serves = |other: &Pool| other.state != PoolState::Lost;
+        if !serves(pool) && self.pools_on(node).any(serves) {
+            return Ok(Outcome::done(false));
+        }
+        // A member that no pool was seen with yet is still to be used.
+        if let Some(member) = known.member.filter(|_| known.replacing) {
+            return Ok(Outcome { reply: Reply::Replacing { member }, changed: false });
+        }
+        let member = ReplicaId(self.next_replica);
+        self.next_replica += 1;
+        let known = self.nodes.get_mut(&node).expect("it was found");
+        known.member = Some(member);
+        known.replacing = true;
+        self.lose_pool(id);
+        Ok(Outcome { reply: Reply::Replacing { member }, changed: true })
+    }
+
+    /// Replicas with new ids, on the node's new pool, in the place of those that were lost: of
+    /// every family that has a majority of its replicas left. Of the others nobody could say what
+    /// they held: they stay lost.
+    fn replace_replicas(&mut self, node: NodeId, pool: PoolId) {
+        self.nodes.get_mut(&node).expect("the caller found it").replacing = false;
+        let lost: Vec<Replica> = self
+            .replicas_on(node)
+            .filter(|replica| replica.state == ReplicaState::Lost)
+            .copied()
+            .collect();
+        for old in lost {
+            self.give_new_id(&old, pool);
+        }
+    }
+
+    /// A replica that can't be mended gets a successor in its own pool.
+    pub(crate) fn replace_replica(&mut self, id: ReplicaId) -> Result<Outcome, Refusal> {
+        let Some(&old) = self.replicas.get(&id) else { return Ok(Outcome::done(false)) };
+        match old.state {
+            ReplicaState::Ready if self.give_new_id(&old, old.pool) => Ok(Outcome::done(true)),
+            ReplicaState::Ready => Err(Refusal::ReplicaNotReplaceable { replica: id }),
+            ReplicaState::Lost => Err(Refusal::ReplicaLost { replica: id }),
+            ReplicaState::Creating | ReplicaState::Removing | ReplicaState::Removed => {
+                Ok(Outcome::done(false))
+            }
+        }
+    }
+
+    /// Puts a replica with a new id in the place of one that has forgotten something, if a majority
+    /// of the family's replicas is left without it. Answers whether.
+    fn give_new_id(&mut self, old: &Replica, pool: PoolId) -> bool {
+        let Some(volume) = self.families.get(&old.family) else { return false };
+        let volume = self.volumes.get_mut(volume).expect("families and volumes agree");
+        let replicas = &self.replicas;
+        let kept = |id: &&ReplicaId| **id != old.id && replicas[id].state == ReplicaState::Ready;
+        let kept = volume.replicas.iter().filter(kept).count();
+        // While it is being made it is not known who its first members are.
+        if volume.phase != VolumePhase::Ready || kept * 2 <= volume.replicas.len() {
+            return false;
+        }
+        let id = ReplicaId(self.next_replica);
+        self.next_replica += 1;
+        let Replica { family, node, .. } = *old;
+        let state = ReplicaState::Creating;
+        self.replicas.remove(&old.id);
+        self.replicas.insert(id, Replica { id, family, node, pool, state });
+        volume.replicas.retain(|&replica| replica != old.id);
+        // Ids rise: the new one is the last.
+        volume.replicas.push(id);
+        true
+    }
+
+    /// Forgets a lost pool that no replica refers to any more. One that still comes up is unknown
+    /// then, and refused as such.
+    fn forget_empty(&mut self, id: PoolId) {
+        if !self.replicas.values().any(|replica| replica.pool == id) {
+            self.pools.remove(&id);
+        }
     }
 
     pub(crate) fn report_pool(

@@ -10,7 +10,8 @@ use crate::error::Refusal;
 use crate::state::Reply;
 use crate::view::Volume;
 use crate::wire::{
-    DoneReply, PoolRolledBackReply, RefusalCodeNumber, RefusedReply, ReplyKind, ReplyRecord,
+    DoneReply, PoolRolledBackReply, RefusalCodeNumber, RefusedReply, ReplacingReply, ReplyKind,
+    ReplyRecord,
 };
 
 /// Bytes that are not a reply this build understands.
@@ -44,6 +45,9 @@ impl Reply {
                     lost: lost.iter().map(|replica| replica.0).collect(),
                 })
             }
+            Reply::Replacing { member } => {
+                ReplyKind::Replacing(ReplacingReply { member: member.0 })
+            }
             Reply::Refused(refusal) => ReplyKind::Refused(RefusedReply {
                 code: RefusalCodeNumber::from(refusal.code()).into(),
                 message: refusal.to_string(),
@@ -68,6 +72,7 @@ impl Reply {
                 reported: it.reported,
                 lost: it.lost.into_iter().map(ReplicaId).collect(),
             },
+            ReplyKind::Replacing(it) => Reply::Replacing { member: ReplicaId(it.member) },
             ReplyKind::Refused(it) => {
                 let code = it.code().try_into().map_err(|_| ReplyError::Unknown)?;
                 Reply::Refused(Refusal::Forwarded { code, message: it.message })

@@ -52,6 +52,11 @@ pub enum Reply {
         /// Its replicas that are lost, now or since before.
         lost: Vec<ReplicaId>,
     },
+    /// The node's pool is given up; a pool made with this member of the cluster group replaces it.
+    Replacing {
+        /// The id of the node's next member of the cluster group.
+        member: ReplicaId,
+    },
     /// Nothing was changed.
     Refused(Refusal),
 }
@@ -92,6 +97,8 @@ impl ClusterState {
         let outcome = match command {
             Command::RegisterNode(it) => self.register_node(it),
             Command::NodeBooted(it) => self.node_booted(&it),
+            Command::ReplacePool { node, pool } => self.replace_pool(node, pool),
+            Command::ReplaceReplica { replica } => self.replace_replica(replica),
             Command::ReportPool { pool, space, state } => self.report_pool(pool, space, state),
             Command::CreateVolume(it) => self.create_volume(it),
             Command::ReplicaReady { replica } => self.replica_ready(replica),

@@ -17,6 +17,18 @@ pub struct Node {
     pub labels: BTreeMap<String, String>,
     /// How far it got.
     pub state: NodeState,
+    /// The id of its member in the cluster group, where that is not its number: the node has lost
+    /// its first pool.
+    pub member: Option<ReplicaId>,
+    /// Its pool was given up, and no pool with the new `member` was seen yet.
+    pub replacing: bool,
+}
+
+impl Node {
+    /// The id of its member in the cluster group.
+    pub fn cluster_member(&self) -> ReplicaId {
+        self.member.unwrap_or(ReplicaId(u64::from(self.id.0)))
+    }
 }
 
 /// How far a node got. Whether it is alive now is not replicated: that is for its peers to see.
@@ -29,7 +41,7 @@ pub enum NodeState {
 }
 
 /// A pool.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pool {
     /// Its id, from its superblock.
     pub id: PoolId,
@@ -39,6 +51,9 @@ pub struct Pool {
     pub boot_counter: u64,
     /// The process that reported that start; tells a repeated report from a second start.
     pub incarnation: u64,
+    /// The mark that was last accepted for it: a pool that has it neither as settled nor as offered
+    /// went back in time (hazard F5). 0 = none: an older program reported it.
+    pub mark: u64,
     /// Its size and use, as last reported.
     pub space: PoolSpace,
     /// Whether it may be used.
@@ -89,6 +104,9 @@ pub struct Volume {
     pub name: String,
     /// Its size in bytes: whole blocks.
     pub size_bytes: u64,
+    /// The size that it was created with: every replica starts from it, also one that is made long
+    /// after, or it would decide otherwise on what the log holds.
+    pub founded_bytes: u64,
     /// Its family: the Raft group that replicates it.
     pub family: FamilyId,
     /// How many replicas it is to have.

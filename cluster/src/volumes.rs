@@ -34,6 +34,7 @@ impl ClusterState {
             id: command.volume,
             name: command.name,
             size_bytes: command.size_bytes,
+            founded_bytes: command.size_bytes,
             family,
             replica_count: command.replicas,
             replicas,

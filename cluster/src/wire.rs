@@ -11,7 +11,7 @@ use crate::view;
 pub struct CommandRecord {
     #[prost(uint32, tag = "1")]
     pub min_reader: u32,
-    #[prost(oneof = "CommandKind", tags = "16, 17, 18, 19, 20, 21, 22, 23, 24")]
+    #[prost(oneof = "CommandKind", tags = "16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26")]
     pub kind: Option<CommandKind>,
 }
 
@@ -35,6 +35,10 @@ pub enum CommandKind {
     DeleteVolume(DeleteVolume),
     #[prost(message, tag = "24")]
     ReplicaRemoved(ReplicaRemoved),
+    #[prost(message, tag = "25")]
+    ReplacePool(ReplacePool),
+    #[prost(message, tag = "26")]
+    ReplaceReplica(ReplaceReplica),
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -61,6 +65,28 @@ pub struct NodeBooted {
     pub incarnation: u64,
     #[prost(message, optional, tag = "5")]
     pub space: Option<SpaceRecord>,
+    #[prost(fixed64, tag = "6")]
+    pub settled: u64,
+    #[prost(uint64, tag = "7")]
+    pub settled_boot: u64,
+    #[prost(fixed64, tag = "8")]
+    pub offered: u64,
+    #[prost(uint64, tag = "9")]
+    pub member: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct ReplaceReplica {
+    #[prost(uint64, tag = "1")]
+    pub replica: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct ReplacePool {
+    #[prost(uint32, tag = "1")]
+    pub node: u32,
+    #[prost(bytes = "vec", tag = "2")]
+    pub pool: Vec<u8>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -155,6 +181,10 @@ pub struct NodeRecord {
     pub labels: BTreeMap<String, String>,
     #[prost(enumeration = "NodeStateNumber", tag = "5")]
     pub state: i32,
+    #[prost(uint64, tag = "6")]
+    pub member: u64,
+    #[prost(bool, tag = "7")]
+    pub replacing: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -171,6 +201,8 @@ pub struct PoolRecord {
     pub space: Option<SpaceRecord>,
     #[prost(enumeration = "PoolStateNumber", tag = "6")]
     pub state: i32,
+    #[prost(fixed64, tag = "7")]
+    pub mark: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Message)]
@@ -199,6 +231,9 @@ pub struct VolumeRecord {
     pub created_at_ms: u64,
     #[prost(enumeration = "VolumePhaseNumber", tag = "8")]
     pub phase: i32,
+    /// Left out where it is `size_bytes`.
+    #[prost(uint64, tag = "9")]
+    pub founded_bytes: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -217,7 +252,7 @@ pub struct ReplicaRecord {
 
 #[derive(Clone, PartialEq, Message)]
 pub struct ReplyRecord {
-    #[prost(oneof = "ReplyKind", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "ReplyKind", tags = "1, 2, 3, 4, 5")]
     pub kind: Option<ReplyKind>,
 }
 
@@ -231,6 +266,14 @@ pub enum ReplyKind {
     PoolRolledBack(PoolRolledBackReply),
     #[prost(message, tag = "4")]
     Refused(RefusedReply),
+    #[prost(message, tag = "5")]
+    Replacing(ReplacingReply),
+}
+
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct ReplacingReply {
+    #[prost(uint64, tag = "1")]
+    pub member: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Message)]

@@ -3,7 +3,7 @@
 
 mod common;
 
-use ballast_block::{FamilyId, ReplicaId};
+use ballast_block::{FamilyId, NodeId, ReplicaId};
 use ballast_cluster::{
     ClusterState, Command, CommandError, PoolState, Refusal, RefusalCode, Reply, StateError,
 };
@@ -12,6 +12,7 @@ use common::{
 };
 
 const COMMANDS: &str = include_str!("golden/commands-v1.txt");
+const COMMANDS_2: &str = include_str!("golden/commands-v2.txt");
 const REPLIES: &str = include_str!("golden/replies-v1.txt");
 const STATE: &str = include_str!("golden/state-v1.txt");
 
@@ -44,6 +45,20 @@ fn one_of_everything() -> ClusterState {
     state
 }
 
+/// What came with reader version 2.
+fn one_of_each_2() -> Vec<Command> {
+    let Command::NodeBooted(mut booted) = booted(2, 7, 0x1122_3344_5566_7788, 1 << 40) else {
+        unreachable!()
+    };
+    (booted.settled, booted.settled_boot, booted.offered) = (0x0102_0304, 6, 0x0506_0708);
+    booted.member = Some(ReplicaId(1007));
+    vec![
+        Command::NodeBooted(booted),
+        Command::ReplacePool { node: NodeId(2), pool: pool_id(2) },
+        Command::ReplaceReplica { replica: ReplicaId(1001) },
+    ]
+}
+
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -62,6 +77,18 @@ fn commands_file() -> String {
 fn commands_v1() {
     assert_eq!(COMMANDS, commands_file());
     for (line, command) in COMMANDS.lines().zip(one_of_each()) {
+        let (_, bytes) = line.split_once(' ').expect("name and bytes");
+        assert_eq!(Command::decode(&unhex(bytes)), Ok(command));
+    }
+}
+
+#[test]
+fn commands_v2() {
+    let now = one_of_each_2();
+    let file: String =
+        now.iter().map(|it| format!("{} {}\n", it.name(), hex(&it.encode()))).collect();
+    assert_eq!(COMMANDS_2, file);
+    for (line, command) in COMMANDS_2.lines().zip(now) {
         let (_, bytes) = line.split_once(' ').expect("name and bytes");
         assert_eq!(Command::decode(&unhex(bytes)), Ok(command));
     }
@@ -111,9 +138,9 @@ fn damage_is_found() {
 
 #[test]
 fn what_is_too_new_is_not_skipped() {
-    // min_reader (field 1) = 2, and a kind (field 99) that nobody knows.
-    let newer = [0x08, 2, 0x9a, 0x06, 0];
-    assert_eq!(Command::decode(&newer), Err(CommandError::TooNew { needs: 2 }));
+    // min_reader (field 1) = 3, and a kind (field 99) that nobody knows.
+    let newer = [0x08, 3, 0x9a, 0x06, 0];
+    assert_eq!(Command::decode(&newer), Err(CommandError::TooNew { needs: 3 }));
     let unknown_kind = [0x08, 1, 0x9a, 0x06, 0];
     assert!(matches!(Command::decode(&unknown_kind), Err(CommandError::Malformed(_))));
     assert!(matches!(Command::decode(&[]), Err(CommandError::Malformed(_))));

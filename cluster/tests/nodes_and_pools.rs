@@ -8,7 +8,8 @@ use ballast_cluster::{
     ReplicaState, Reply,
 };
 use common::{
-    booted, cluster_of, create, created, pool_id, ready_volume, refused, register, report,
+    booted, booted_with, cluster_of, create, created, pool_id, ready_volume, refused, register,
+    report,
 };
 
 #[test]
@@ -110,6 +111,92 @@ fn a_counter_that_is_not_newer_loses_the_pool_and_its_replicas() {
         let lost = Refusal::ReplicaLost { replica: ReplicaId(1001) };
         assert_eq!(refused(state.apply(ready)), lost);
     }
+}
+
+/// A start as this version reports it.
+fn marked(node: u32, pool: u8, boot: u64, settled: (u64, u64), offered: u64) -> Command {
+    let Command::NodeBooted(mut it) = booted_with(node, pool, boot, boot * 100, 1 << 30) else {
+        unreachable!()
+    };
+    (it.settled, it.settled_boot) = settled;
+    it.offered = offered;
+    it.member = Some(ReplicaId(u64::from(node)));
+    Command::NodeBooted(it)
+}
+
+#[test]
+fn an_older_copy_is_refused_however_often_it_starts() {
+    let known = || {
+        let mut state = ClusterState::new(ClusterId::from_bytes([1; 16]));
+        state.apply(register(1));
+        assert_eq!(state.apply(marked(1, 1, 1, (0, 0), 11)), Reply::Done);
+        assert_eq!(state.apply(marked(1, 1, 2, (11, 1), 12)), Reply::Done);
+        state
+    };
+    // Copied after start 1, put back after start 2: 3, 4 ... are newer counters, and no help.
+    for boot in 3..9 {
+        let reply = known().apply(marked(1, 1, boot, (11, 1), 77));
+        assert!(matches!(reply, Reply::PoolRolledBack { .. }), "start {boot}: {reply:?}");
+    }
+    // An answer that was lost is no roll back: the same mark is offered again.
+    let mut state = known();
+    assert_eq!(state.apply(marked(1, 1, 3, (11, 1), 12)), Reply::Done);
+    assert_eq!(state.apply(marked(1, 1, 5, (12, 3), 15)), Reply::Done);
+    assert_eq!(state.apply(marked(1, 1, 7, (12, 3), 15)), Reply::Done);
+    // A pool from before marks were kept.
+    let reply = state.apply(marked(1, 1, 9, (0, 0), 99));
+    assert!(matches!(reply, Reply::PoolRolledBack { .. }), "{reply:?}");
+    // A cluster group that went back in time does not take its pools for lost.
+    let refusal = refused(known().apply(marked(1, 1, 9, (15, 7), 19)));
+    assert!(matches!(refusal, Refusal::PoolAhead { .. }), "{refusal}");
+    assert_eq!(ClusterState::decode(&known().encode()), Ok(known()));
+}
+
+#[test]
+fn a_fresh_pool_takes_the_place_of_a_lost_one() {
+    let mut state = cluster_of(3);
+    let many = ready_volume(&mut state, "many", 1, 3);
+    let single = loop {
+        // Volumes with one replica go around the nodes.
+        let name = format!("single-{}", state.volumes().count());
+        let id = 10 + state.volumes().count() as u8;
+        let volume = ready_volume(&mut state, &name, id, 1);
+        let replica = *state.replica(volume.replicas[0]).unwrap();
+        if replica.node == NodeId(2) {
+            break replica;
+        }
+    };
+    let fresh = |member: u64| {
+        let Command::NodeBooted(mut it) = booted_with(2, 22, 1, 5, 1 << 30) else { unreachable!() };
+        (it.offered, it.member) = (9, Some(ReplicaId(member)));
+        Command::NodeBooted(it)
+    };
+    // Without an administrator's word no other pool comes in.
+    assert!(matches!(refused(state.apply(fresh(2))), Refusal::PoolNotExpected { .. }));
+    let replace = Command::ReplacePool { node: NodeId(2), pool: pool_id(2) };
+    let Reply::Replacing { member } = state.apply(replace.clone()) else { panic!() };
+    assert_eq!(state.apply(replace.clone()), Reply::Replacing { member });
+    assert_eq!(state.pool(pool_id(2)).unwrap().state, PoolState::Lost);
+    assert!(matches!(refused(state.apply(fresh(2))), Refusal::PoolNotExpected { .. }));
+    assert_eq!(state.apply(fresh(member.0)), Reply::Done);
+    assert_eq!(state.node(NodeId(2)).unwrap().cluster_member(), member);
+    let replicas: Vec<_> = state.replicas_of(many.family).copied().collect();
+    let [.., last] = replicas.as_slice() else { panic!() };
+    assert!(last.id > member && last.pool == pool_id(22) && last.node == NodeId(2));
+    assert_eq!(last.state, ReplicaState::Creating);
+    assert!(state.replica(many.replicas[1]).is_none(), "the old id is gone for good");
+    // Nobody has what the only replica held.
+    assert_eq!(state.replica(single.id).unwrap().state, ReplicaState::Lost);
+    assert_eq!(state.apply(replace), Reply::Done);
+    assert_eq!(ClusterState::decode(&state.encode()), Ok(state.clone()));
+    // A damaged replica on a good pool gets a new id too, while the others are a majority.
+    state.apply(Command::ReplicaReady { replica: last.id });
+    let damaged = Command::ReplaceReplica { replica: many.replicas[0] };
+    assert_eq!(state.apply(damaged.clone()), Reply::Done);
+    assert_eq!(state.apply(damaged), Reply::Done);
+    let second = Command::ReplaceReplica { replica: many.replicas[2] };
+    assert!(matches!(refused(state.apply(second)), Refusal::ReplicaNotReplaceable { .. }));
+    state.check().unwrap();
 }
 
 #[test]

@@ -89,6 +89,10 @@ pub struct FormatArguments {
     /// Destroy what an existing file or disk holds, unless it is a Ballast pool.
     #[arg(long, conflicts_with = "create")]
     pub overwrite_foreign: bool,
+    /// Make the pool that takes the place of one that was given up: the number that
+    /// `ballastctl pool replace` has printed.
+    #[arg(long, value_name = "NUMBER")]
+    pub replacement: Option<u64>,
     /// Settings that replace those of the file.
     #[command(flatten)]
     pub overrides: Overrides,

@@ -1,6 +1,6 @@
 //! `ballastd format`: makes the pool of a new node, as an explicit act.
 
-use ballast_block::PoolId;
+use ballast_block::{PoolId, ReplicaId};
 use ballast_env::linux::LinuxShard;
 use ballast_node::config::NodeConfig;
 use ballast_node::node;
@@ -18,7 +18,8 @@ pub fn run(arguments: &FormatArguments) -> Result<(), DaemonError> {
     let settings = Settings::load(&arguments.config, &arguments.overrides)?;
     logging::start(&settings.log);
     let create = arguments.create.map(|size| size.0);
-    let id = format(&settings.node, create, arguments.overwrite_foreign)?;
+    let replacement = arguments.replacement.map(ReplicaId);
+    let id = format(&settings.node, create, arguments.overwrite_foreign, replacement)?;
     println!("{id}");
     Ok(())
 }
@@ -31,8 +32,10 @@ pub fn format(
     config: &NodeConfig,
     create: Option<u64>,
     overwrite_foreign: bool,
+    replacement: Option<ReplicaId>,
 ) -> Result<PoolId, DaemonError> {
-    let made =
-        LinuxShard::run(async |env| node::format(&env, config, create, overwrite_foreign).await);
+    let made = LinuxShard::run(async |env| {
+        node::format(&env, config, create, overwrite_foreign, replacement).await
+    });
     Ok(made.map_err(DaemonError::system("start a shard"))??)
 }

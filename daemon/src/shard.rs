@@ -135,6 +135,7 @@ impl Life {
                         Ok(reason) => reason.as_ref().map(ToString::to_string).unwrap_or_default(),
                         Err(_) => "the pool was closed".to_owned(),
                     };
+                    node.report_failure().await;
                     self.tell_failed.send_replace(Some(reason));
                     // What its clients have in flight must end with errors of their connections,
                     // not with answers of a node that has lost its disk.

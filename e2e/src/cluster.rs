@@ -343,6 +343,11 @@ impl Cluster {
         body
     }
 
+    /// The metrics page of a node, if it answers.
+    pub fn try_metrics(&self, id: u32) -> Option<String> {
+        http::get(&self.node(id).metrics).ok().map(|(_, body)| body)
+    }
+
     /// Runs `ballastctl` against a node and returns what it printed.
     ///
     /// # Panics

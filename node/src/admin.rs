@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use ballast_block::{NodeId, VolumeId};
-use ballast_cluster::{ClusterState, Command, CreateVolume, Refusal, Reply, Volume, VolumePhase};
+use ballast_block::{NodeId, PoolId, ReplicaId, VolumeId};
+use ballast_cluster::{
+    ClusterState, Command, CreateVolume, PoolState, Refusal, Reply, Volume, VolumePhase,
+};
 use ballast_env::Env;
 use thiserror::Error;
 
@@ -19,6 +21,8 @@ use crate::report;
 const READY_MAX: Duration = Duration::from_secs(20);
 /// Longest wait for a volume's leader to be where it was sent.
 const MOVED_MAX: Duration = Duration::from_secs(5);
+/// Longest that a node whose disk has failed goes on, to say so.
+const FAILURE_REPORT_MAX: Duration = Duration::from_secs(2);
 const CALL_MAX: Duration = Duration::from_secs(3);
 const POLL: Duration = Duration::from_millis(20);
 
@@ -61,6 +65,45 @@ impl<E: Env> Node<E> {
     /// Whether this node serves: its pool is open and the cluster has accepted it.
     pub fn is_ready(&self) -> bool {
         self.inner.announced.get() && self.inner.pool.failure().borrow().is_none()
+    }
+
+    /// Why the cluster does not take this node's pool, for ever, if so.
+    pub fn refused(&self) -> Option<String> {
+        self.inner.refused.borrow().clone()
+    }
+
+    /// Tells the cluster that this node's pool has failed, for others to see; best effort, the node
+    /// is about to end.
+    pub async fn report_failure(&self) {
+        let inner = &self.inner;
+        inner.stopping.send_replace(true);
+        let id = inner.links.identity().pool;
+        let space = inner.cluster.state().pool(id).map(|pool| pool.space);
+        let Some(space) = space else { return };
+        let failed = Command::ReportPool { pool: id, space, state: PoolState::Failed };
+        tokio::select! {
+            biased;
+            _ = inner.cluster.propose(&failed) => {}
+            () = inner.env.sleep(FAILURE_REPORT_MAX) => {}
+        }
+    }
+
+    /// Gives a node's pool up for ever, so that a fresh one can take its place. Answers the member
+    /// of the cluster group to format that with; `None` when it has been replaced already.
+    ///
+    /// # Errors
+    /// [`AdminError`].
+    pub async fn replace_pool(
+        &self,
+        node: NodeId,
+        pool: PoolId,
+    ) -> Result<Option<ReplicaId>, AdminError> {
+        match self.inner.cluster.propose(&Command::ReplacePool { node, pool }).await? {
+            Reply::Replacing { member } => Ok(Some(member)),
+            Reply::Done => Ok(None),
+            Reply::Refused(refusal) => Err(refusal.into()),
+            reply => unreachable!("replacing a pool was answered {reply:?}"),
+        }
     }
 
     /// How many nodes the cluster group has.

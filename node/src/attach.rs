@@ -150,9 +150,12 @@ fn in_sync_on<E: Env>(group: &Group<E>, node: NodeId) -> Result<(ReplicaId, u64)
     let metrics = group.raft().metrics();
     let metrics = metrics.borrow_watched();
     let membership = metrics.membership_config.membership();
+    let voters: std::collections::BTreeSet<u64> = membership.voter_ids().collect();
+    // A node whose pool was replaced may have two for a moment: the new one has the higher id.
     let (&target, _) = membership
         .nodes()
-        .find(|(_, member)| member.node == node)
+        .filter(|(id, member)| member.node == node && voters.contains(id))
+        .last()
         .ok_or_else(|| format!("the volume has no replica on {node}"))?;
     let last = metrics.last_log_index.unwrap_or(0);
     let replication = metrics.replication.as_ref().ok_or("this node does not lead the volume")?;

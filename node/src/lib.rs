@@ -8,12 +8,14 @@ pub use ballast_cluster as cluster;
 pub use ballast_volume::group::RaftSettings;
 
 pub mod admin;
+mod admission;
 pub mod attach;
 pub mod calls;
 pub mod client;
 pub mod cluster_group;
 pub mod config;
 pub mod families;
+mod members;
 mod mend;
 mod meters;
 pub mod metrics;

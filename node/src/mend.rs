@@ -8,6 +8,7 @@ use std::rc::{Rc, Weak};
 use std::time::Duration;
 
 use ballast_block::{FamilyId, NodeId, ReplicaId};
+use ballast_cluster::{Command, Reply};
 use ballast_env::Env;
 use ballast_raft_store::entry::{Body, WriteData};
 use ballast_raft_store::replica::Health;
@@ -17,6 +18,7 @@ use bytes::Bytes;
 use openraft::async_runtime::WatchReceiver;
 use openraft::storage::RaftLogReader;
 
+use crate::attach::move_leader_here;
 use crate::calls::{EntryV1, MoveLeaderV1, Tag};
 use crate::node::Inner;
 use crate::peers::links::Lane;
@@ -36,7 +38,10 @@ pub(crate) async fn run<E: Env>(node: Weak<Inner<E>>) {
         groups.extend(inner.families.borrow().values().map(|family| family.group().clone()));
         for group in groups {
             mend_entries(&inner, &group).await;
-            ask_for_newer_term(&inner, &group).await;
+            match beyond_mending(&group) {
+                Some(why) => replace(&inner, &group, why).await,
+                None => ask_for_newer_term(&inner, &group).await,
+            }
         }
         drop(inner);
         env.sleep(ROUND).await;
@@ -94,14 +99,45 @@ pub(crate) async fn entry_payload<E: Env>(group: &Group<E>, ask: EntryV1) -> Opt
     }
 }
 
-async fn ask_for_newer_term<E: Env>(inner: &Rc<Inner<E>>, group: &Group<E>) {
+/// Why no leader can bring this replica up any more, if so.
+fn beyond_mending<E: Env>(group: &Group<E>) -> Option<&'static str> {
     let replica = group.replica();
-    let Health::Suspect { vote_lost, term } = replica.health() else { return };
-    if vote_lost {
-        tracing::error!(replica = %replica.id(),
-            "vote may be lost: this replica takes no part any more; replace it");
+    match replica.health() {
+        Health::Suspect { vote_lost: true, .. } => Some("its vote may be lost"),
+        _ if replica.map_lost() => Some("its extent map is lost"),
+        _ => None,
+    }
+}
+
+/// Asks the cluster group for a replica with a new id in the place of this one.
+async fn replace<E: Env>(inner: &Rc<Inner<E>>, group: &Group<E>, why: &str) {
+    let replica = group.replica().id();
+    if let Some(term) = group.leading_term() {
+        tracing::error!(%replica, term, why, "leads with a damaged replica: hands over");
+        for (node, _) in others(inner, group) {
+            let moved = move_leader_here(inner, group.replica().family(), node).await;
+            if moved.code == 0 {
+                break;
+            }
+        }
         return;
     }
+    if group.replica().family() == FamilyId::CLUSTER {
+        tracing::error!(%replica, why, "the cluster group's replica takes no part any more: give \
+            this pool up with `ballastctl pool replace`");
+        return;
+    }
+    tracing::error!(%replica, why, "replica takes no part any more: asks for a new one");
+    match inner.cluster.propose(&Command::ReplaceReplica { replica }).await {
+        Ok(Reply::Refused(refusal)) => tracing::error!(%replica, %refusal, "not replaced"),
+        Ok(_) => {}
+        Err(error) => tracing::debug!(%replica, %error, "not replaced yet"),
+    }
+}
+
+async fn ask_for_newer_term<E: Env>(inner: &Rc<Inner<E>>, group: &Group<E>) {
+    let replica = group.replica();
+    let Health::Suspect { term, .. } = replica.health() else { return };
     let others = others(inner, group);
     for &(leader, _) in &others {
         let Some(&(heir, _)) = others.iter().find(|&&(node, _)| node != leader) else { return };

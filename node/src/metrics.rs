@@ -24,7 +24,7 @@ const HISTOGRAMS: [(&str, &str); 2] = [
     ("ballast_stage_seconds", "Stages of writes and reads on the leading node."),
 ];
 
-const COUNTERS: [(&str, &str); 15] = [
+const COUNTERS: [(&str, &str); 19] = [
     ("ballast_volume_commands_total", "Commands of hosts that this node answered."),
     ("ballast_volume_bytes_total", "Bytes that they were about, errors not counted."),
     ("ballast_volume_errors_total", "Commands that were answered with an error."),
@@ -37,15 +37,23 @@ const COUNTERS: [(&str, &str); 15] = [
     ("ballast_cleaner_segments_total", "Segments that the cleaner emptied."),
     ("ballast_checkpoints_total", "Checkpoints made."),
     ("ballast_damaged_blocks_total", "Blocks on this disk whose checksum failed."),
+    ("ballast_damaged_pages_total", "Map pages whose checksum failed: the replica is replaced."),
+    (
+        "ballast_damaged_headers_total",
+        "Headers of batches and segments found damaged at the start.",
+    ),
+    ("ballast_damaged_superblocks_total", "Superblocks found damaged at the start."),
+    ("ballast_damaged_votes_total", "Vote slots found damaged at the start."),
     ("ballast_repaired_blocks_total", "Damaged blocks that were repaired from a peer."),
     ("ballast_pool_boots_total", "How often the pool was opened, ever."),
     ("ballast_cluster_changes_total", "Changes of the cluster's state, ever, as applied here."),
 ];
 
-const GAUGES: [(&str, &str); 30] = [
+const GAUGES: [(&str, &str); 31] = [
     ("ballast_recovery_seconds", "How long the last start took to open the pool."),
     ("ballast_peer_queue_bytes", "Waiting to be sent to the peer."),
     ("ballast_node_ready", "Whether the cluster has accepted this start of the node."),
+    ("ballast_pool_refused", "Whether the cluster calls the pool lost: the node takes no part."),
     ("ballast_pool_failed", "Whether the pool stopped: the node then ends."),
     ("ballast_pool_capacity_bytes", "What the pool can hold."),
     ("ballast_pool_used_bytes", "In segments that hold something."),
@@ -131,6 +139,7 @@ fn pool<E: Env>(inner: &Inner<E>) {
         ("ballast_pool_live_bytes", space.live),
         ("ballast_pool_free_bytes", space.free),
         ("ballast_pool_writable", u64::from(writable)),
+        ("ballast_pool_refused", u64::from(inner.refused.borrow().is_some())),
         ("ballast_pool_failed", u64::from(inner.pool.failure().borrow().is_some())),
         ("ballast_pool_segments", stats.segments),
         ("ballast_pool_free_segments", stats.segments_free),
@@ -149,6 +158,10 @@ fn pool<E: Env>(inner: &Inner<E>) {
         ("ballast_cleaner_segments_total", stats.cleaner_segments),
         ("ballast_checkpoints_total", stats.checkpoints),
         ("ballast_damaged_blocks_total", stats.damaged_blocks),
+        ("ballast_damaged_pages_total", stats.damaged_pages),
+        ("ballast_damaged_headers_total", stats.damaged_headers),
+        ("ballast_damaged_superblocks_total", stats.damaged_superblocks),
+        ("ballast_damaged_votes_total", stats.damaged_votes),
         ("ballast_repaired_blocks_total", stats.repaired_blocks),
         ("ballast_pool_boots_total", inner.pool.boot_counter()),
     ] {

@@ -8,13 +8,15 @@ use std::time::Duration;
 
 use ballast_block::buffer::BufferPool;
 use ballast_block::{AttachmentId, FamilyId, NodeId, PoolId, ReplicaId, VolumeId};
+use ballast_cluster::Marks;
 use ballast_env::Env;
 use ballast_env::network::{Address, Listener};
 use ballast_env::spawn::OwnedTask;
 use ballast_raft_store::pool::{
-    CreateReplicaError, FormatOptions, FormatPoolError, OpenPoolError, Pool, PoolExpectation,
-    RecoveryReport, ReplicaDescriptor,
+    CreateReplicaError, FormatOptions, FormatPoolError, Lineage, OpenPoolError, Pool,
+    PoolExpectation, RecoveryReport, ReplicaDescriptor,
 };
+use ballast_raft_store::replica::Replica;
 use ballast_raft_store::stream::PoolFailed;
 use ballast_volume::family::Family;
 use ballast_volume::group::{Group, StartGroupError};
@@ -29,7 +31,7 @@ use crate::meters::Meters;
 use crate::peers::links::{Identity, Links};
 use crate::peers::raft_net::{RaftNet, Transfers};
 use crate::room::RoomTable;
-use crate::{mend, nbd_target, quiesce, reconcile, room, server};
+use crate::{members, mend, nbd_target, quiesce, reconcile, room, server};
 
 /// How often logs are checked against their retention bound.
 const RETENTION_INTERVAL: Duration = Duration::from_secs(1);
@@ -100,6 +102,8 @@ pub(crate) struct Inner<E: Env> {
     pub(crate) stopping: watch::Sender<bool>,
     /// Whether the cluster has accepted this start of the pool.
     pub(crate) announced: Cell<bool>,
+    /// Why the cluster does not take this pool, for ever, if so.
+    pub(crate) refused: RefCell<Option<String>>,
     tasks: RefCell<Vec<OwnedTask>>,
 }
 
@@ -115,7 +119,9 @@ impl<E: Env> Clone for Node<E> {
 }
 
 /// Makes the pool of a founding node: an explicit act of an administrator, once. Never called by
-/// starting a node.
+/// starting a node. `replacement` names the member of the cluster group that the cluster gave to
+/// the node's next pool when the one before was given up: the old one's promises are forgotten, so
+/// its id must not come back (hazard F5).
 ///
 /// # Errors
 /// [`StartNodeError`]; nothing is written unless everything in the configuration is right.
@@ -124,6 +130,7 @@ pub async fn format<E: Env>(
     config: &NodeConfig,
     create_bytes: Option<u64>,
     overwrite_foreign: bool,
+    replacement: Option<ReplicaId>,
 ) -> Result<PoolId, StartNodeError> {
     check(config)?;
     let options = FormatOptions {
@@ -136,7 +143,7 @@ pub async fn format<E: Env>(
     let (pool, _) = open(env, config, Some(id)).await?;
     let nodes = config.founders.iter().map(|founder| founder.node.0).collect();
     let descriptor = ReplicaDescriptor {
-        replica: cluster_replica(config.node),
+        replica: replacement.unwrap_or(cluster_replica(config.node)),
         family: FamilyId::CLUSTER,
         volume: VolumeId::default(),
         bytes: ClusterFoundingV1 { nodes }.encode_to_vec().into(),
@@ -187,6 +194,8 @@ impl<E: Env> Node<E> {
             pool: pool.id(),
             boot: pool.boot_counter(),
             incarnation: env.random_u64() | 1,
+            marks: marks_of(&pool),
+            member: cluster_member(&config, &pool)?.id(),
         };
         let buffers = BufferPool::default();
         let links = Links::new(env.clone(), identity, buffers.clone());
@@ -213,6 +222,7 @@ impl<E: Env> Node<E> {
             peer_address: RefCell::default(),
             stopping: watch::Sender::new(false),
             announced: Cell::new(false),
+            refused: RefCell::default(),
             tasks: RefCell::default(),
         });
         let node = Self { inner };
@@ -254,6 +264,7 @@ impl<E: Env> Node<E> {
         self.keep(keep_retention(weak()));
         self.keep(quiesce::run(weak()));
         self.keep(mend::run(weak()));
+        self.keep(members::run(weak()));
     }
 
     fn keep(&self, future: impl Future<Output = ()> + 'static) {
@@ -313,6 +324,20 @@ impl<E: Env> Node<E> {
     }
 }
 
+fn marks_of<E: Env>(pool: &Pool<E>) -> Marks {
+    let Lineage { settled, settled_boot, offered } = pool.lineage();
+    Marks { settled, settled_boot, offered }
+}
+
+/// The pool's replica of the cluster group.
+fn cluster_member<E: Env>(
+    config: &NodeConfig,
+    pool: &Pool<E>,
+) -> Result<Replica<E>, StartNodeError> {
+    let found = pool.replicas().into_iter().find(|one| one.family() == FamilyId::CLUSTER);
+    found.ok_or_else(|| StartNodeError::ClusterReplicaMissing(config.pool.display().to_string()))
+}
+
 async fn start_cluster_group<E: Env>(
     env: &E,
     config: &NodeConfig,
@@ -320,10 +345,8 @@ async fn start_cluster_group<E: Env>(
     links: &Rc<Links<E>>,
     transfers: &Rc<Transfers<E>>,
 ) -> Result<ClusterGroup<E>, StartNodeError> {
-    let id = cluster_replica(config.node);
-    let replica = pool
-        .replica(id)
-        .ok_or_else(|| StartNodeError::ClusterReplicaMissing(config.pool.display().to_string()))?;
+    let replica = cluster_member(config, pool)?;
+    let id = replica.id();
     let net = raft_net(env, links, transfers, FamilyId::CLUSTER, id);
     let machine = Rc::new(RefCell::new(ClusterMachine::new(config.cluster)));
     let checkpoint = checkpoint_of(pool);

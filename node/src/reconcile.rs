@@ -16,6 +16,8 @@ use ballast_raft_store::types::Member;
 use ballast_volume::command::{FamilyCommand, ResizeV1};
 use ballast_volume::state::FoundingV1;
 
+use crate::admission;
+use crate::cluster_group::cluster_replica;
 use crate::node::Inner;
 
 /// How long a round waits for a change of the cluster's state before it looks anyway.
@@ -32,6 +34,9 @@ pub(crate) async fn run<E: Env>(node: Weak<Inner<E>>) {
         let Some(inner) = node.upgrade() else { return };
         let env = inner.env.clone();
         applied.borrow_and_update();
+        if inner.refused.borrow().is_some() {
+            return;
+        }
         if !inner.announced.get() {
             announce(&inner).await;
         }
@@ -47,7 +52,9 @@ pub(crate) async fn run<E: Env>(node: Weak<Inner<E>>) {
     }
 }
 
-/// What is on the pool runs at once: it needs no quorum of the cluster group to serve.
+/// What is on the pool runs at once: it needs no quorum of the cluster group to serve. But a family
+/// with one replica has no peer that would stop a pool which went back in time: it waits until the
+/// cluster has accepted the pool.
 async fn start_existing<E: Env>(inner: &Rc<Inner<E>>) {
     for replica in inner.pool.replicas() {
         let family = replica.family();
@@ -55,8 +62,12 @@ async fn start_existing<E: Env>(inner: &Rc<Inner<E>>) {
             continue;
         }
         // A member joins in only once its creation was confirmed; that may not be known here yet.
-        let known = inner.cluster.state().replica(replica.id()).map(|replica| replica.state);
-        if known == Some(ReplicaState::Ready) {
+        let (known, alone) = {
+            let state = inner.cluster.state();
+            let known = state.replica(replica.id()).map(|replica| replica.state);
+            (known, state.replicas_of(family).count() < 2)
+        };
+        if known == Some(ReplicaState::Ready) && !alone {
             inner.start_family(replica).await;
         }
     }
@@ -64,7 +75,9 @@ async fn start_existing<E: Env>(inner: &Rc<Inner<E>>) {
 
 async fn form_cluster<E: Env>(inner: &Rc<Inner<E>>) {
     let lowest = inner.config.founders.iter().map(|founder| founder.node).min();
-    if lowest == Some(inner.config.node) {
+    let own = inner.cluster.group().replica().id();
+    // A replacement joins the group that there is.
+    if lowest == Some(inner.config.node) && own == cluster_replica(inner.config.node) {
         let _ = inner.cluster.form().await;
     }
 }
@@ -85,14 +98,20 @@ async fn announce<E: Env>(inner: &Rc<Inner<E>>) {
         boot_counter: identity.boot,
         incarnation: identity.incarnation,
         space: space(inner),
+        settled: identity.marks.settled,
+        settled_boot: identity.marks.settled_boot,
+        offered: identity.marks.offered,
+        member: Some(identity.member),
     });
     for command in [register, booted] {
         match inner.cluster.propose(&command).await {
             Ok(Reply::Done) => {}
             Ok(Reply::PoolRolledBack { pool, known, reported, .. }) => {
-                tracing::error!(%pool, known, reported,
-                    "pool has been rolled back: its replicas are lost, give this node a fresh pool");
-                return inner.env.sleep(ROUND_MAX).await;
+                let reason = format!(
+                    "pool {pool} was accepted with start {known} and says {reported} now: it has \
+                     been rolled back; replace it: `ballastctl pool replace`"
+                );
+                return admission::refused(inner, &reason);
             }
             Ok(reply) => {
                 tracing::error!(?reply, "the cluster does not take this node");
@@ -103,6 +122,10 @@ async fn announce<E: Env>(inner: &Rc<Inner<E>>) {
                 return inner.env.sleep(RETRY_PAUSE).await;
             }
         }
+    }
+    if let Err(error) = inner.pool.settle_lineage().await {
+        tracing::error!(%error, "the cluster's word on this start can't be kept");
+        return;
     }
     inner.announced.set(true);
     tracing::info!(node = %own.node, "node is part of the cluster");
@@ -148,7 +171,17 @@ async fn report_pool<E: Env>(inner: &Rc<Inner<E>>) {
 }
 
 async fn create<E: Env>(inner: &Rc<Inner<E>>, replica: &Replica, volume: &Volume) {
-    let founding = FoundingV1 { name: volume.name.clone(), size: volume.size_bytes };
+    // The one that this one replaces has forgotten something, and the cluster has given it up.
+    for old in inner.pool.replicas() {
+        if old.family() == replica.family
+            && old.id() < replica.id
+            && let Err(reason) = inner.remove_replica(replica.family, old.id()).await
+        {
+            tracing::error!(replica = %old.id(), reason, "replica can't be removed");
+            return;
+        }
+    }
+    let founding = FoundingV1 { name: volume.name.clone(), size: volume.founded_bytes };
     match inner.make_replica(replica.id, replica.family, volume.id, founding).await {
         Ok(()) => {
             let _ = inner.cluster.propose(&Command::ReplicaReady { replica: replica.id }).await;

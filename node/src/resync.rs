@@ -42,15 +42,26 @@ pub(crate) async fn accept<E: Env>(
 ) -> Result<Vote, PeerError> {
     let (vote, meta) = raft_codec::decode_offer(&offer.meta).map_err(refused)?;
     let replica = group.replica().clone();
-    let resync = replica.resync(ResyncBase::Applied).await.map_err(refused)?;
-    let since = resync.since();
+    let base = if replica.map_lost() { ResyncBase::Empty } else { ResyncBase::Applied };
+    let mut resync = replica.resync(base).await.map_err(refused)?;
+    let mut since = resync.since();
     tracing::info!(replica = %replica.id(), %from, since = since.0, to = offer.sequence,
         "pulling the difference");
     let mut from_block = 0;
     let mut bytes = 0;
     loop {
         let ask = DifferenceV1 { transfer: offer.transfer, since: since.0, from_block };
-        let page = pull(&inner, from, frame, ask).await?;
+        let page = match pull(&inner, from, frame, ask).await {
+            Err(PeerError::Refused(reason)) if from_block == 0 && since > Sequence(0) => {
+                // What was trimmed so long ago is forgotten there.
+                tracing::warn!(replica = %replica.id(), reason, "no difference: pulls everything");
+                drop(resync);
+                resync = replica.resync(ResyncBase::Empty).await.map_err(refused)?;
+                since = resync.since();
+                continue;
+            }
+            page => page?,
+        };
         let more = page_bytes(&page);
         bytes += more;
         meters::add(&inner.meters.resync_received, more);

@@ -23,10 +23,10 @@ use crate::calls::{
 };
 use crate::node::Inner;
 use crate::peers::connection::PeerError;
-use crate::peers::links::{Handler, Identity};
+use crate::peers::links::{Handler, Identity, Refusal};
 use crate::peers::raft_codec as codec;
 use crate::peers::wire::Frame;
-use crate::{attach, mend, operate, quiesce, report, resync};
+use crate::{admission, attach, mend, operate, quiesce, report, resync};
 
 type Answer = Result<(Bytes, Vec<Bytes>), PeerError>;
 
@@ -64,9 +64,15 @@ fn message(message: &impl Message) -> Answer {
 }
 
 impl<E: Env> Handler for Server<E> {
-    fn admit(&self, peer: &Identity) -> Result<(), String> {
-        let inner = self.inner.upgrade().ok_or("node is stopping")?;
-        admit(&inner, peer)
+    fn admit(&self, peer: &Identity) -> Result<(), Refusal> {
+        let inner = self.inner.upgrade().ok_or_else(|| "node is stopping".to_owned())?;
+        admission::admit(&inner, peer)
+    }
+
+    fn lost(&self, reason: &str) {
+        if let Some(inner) = self.inner.upgrade() {
+            admission::refused(&inner, reason);
+        }
     }
 
     fn call(self: Rc<Self>, peer: Identity, frame: Frame) -> LocalBoxFuture<'static, Answer> {
@@ -90,34 +96,6 @@ impl<E: Env> Handler for Server<E> {
             quiesce::lost_node(&inner, node);
         }
     }
-}
-
-/// Refuses a peer whose pool is another than the cluster knows, or has gone back in time.
-fn admit<E: Env>(inner: &Inner<E>, peer: &Identity) -> Result<(), String> {
-    let state = inner.cluster.state();
-    for pool in state.pools_on(peer.node) {
-        if pool.id == peer.pool && pool.boot_counter > peer.boot {
-            return Err(format!(
-                "pool {} was opened {} times, now it says {}: it has been rolled back; its \
-                 replicas are lost, give the node a fresh pool",
-                peer.pool, pool.boot_counter, peer.boot
-            ));
-        }
-    }
-    drop(state);
-    let mut boots = inner.boots.borrow_mut();
-    if let Some(&(pool, boot, incarnation)) = boots.get(&peer.node)
-        && pool == peer.pool
-        && (boot > peer.boot || (boot == peer.boot && incarnation != peer.incarnation))
-    {
-        return Err(format!(
-            "pool {pool} was seen with start {boot}, now it says {} again: it has been rolled \
-             back; its replicas are lost, give the node a fresh pool",
-            peer.boot
-        ));
-    }
-    boots.insert(peer.node, (peer.pool, peer.boot, peer.incarnation));
-    Ok(())
 }
 
 /// Step 5 of a write on a follower: entries of one leader, in order, into the log.

@@ -111,7 +111,7 @@ fn a_volume_survives_the_restart_of_every_node() {
     let configs = configs(&scratch);
     LinuxShard::run(|env| async move {
         for config in &configs {
-            node::format(&env, config, Some(POOL_BYTES), false).await.unwrap();
+            node::format(&env, config, Some(POOL_BYTES), false, None).await.unwrap();
         }
         let mut nodes = Vec::new();
         for config in &configs {

@@ -268,7 +268,10 @@ impl<E: Env> ReplicaInner<E> {
         let id = self.descriptor.replica;
         let merged = self.map().merge(target).await;
         self.note_delta();
-        merged.map_err(|error| map_failed(id, &error))
+        merged.map_err(|error| {
+            self.note_map_damage(&error);
+            map_failed(id, &error)
+        })
     }
 
     /// Moves a run of blocks that one version owns, from the `nth` of a record's payload on. Answers
@@ -359,7 +362,8 @@ impl<E: Env> ReplicaInner<E> {
             return Ok(None);
         }
         let failed = |error: MapError| map_failed(self.descriptor.replica, &error);
-        if let Some((branch, sequence)) = self.map().holds(block, place).await.map_err(failed)? {
+        let held = self.map().holds(block, place).await.inspect_err(|e| self.note_map_damage(e));
+        if let Some((branch, sequence)) = held.map_err(failed)? {
             return Ok(Some((branch, sequence, false)));
         }
         let Some(resync) = self.resync.borrow().clone() else { return Ok(None) };

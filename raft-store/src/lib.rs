@@ -17,4 +17,5 @@ mod read;
 pub mod replica;
 pub mod segment;
 pub mod stream;
+pub mod survey;
 pub mod types;

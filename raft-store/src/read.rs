@@ -68,7 +68,24 @@ impl<E: Env> ReplicaInner<E> {
     }
 
     pub(crate) fn map_error(&self, error: &MapError) -> ReadError {
+        self.note_map_damage(error);
+        if self.map_lost.get() {
+            return ReadError::MapLost(self.descriptor.replica);
+        }
         ReadError::Disk { replica: self.descriptor.replica, problem: error.to_string() }
+    }
+
+    /// A page that can't be had is nowhere else: what it mapped is not known here any more.
+    pub(crate) fn note_map_damage(&self, error: &MapError) {
+        let is_damage = matches!(error, MapError::DamagedPage { .. } | MapError::ReadPage { .. });
+        if !is_damage || self.dropped.get() || self.shared.check().is_err() {
+            return;
+        }
+        count(&self.shared.counters.damaged_pages, 1);
+        if !self.map_lost.replace(true) {
+            tracing::error!(replica = %self.descriptor.replica, %error, "extent map is lost");
+            self.suspect();
+        }
     }
 
     /// Reads a run. Between the look-up and the pin taken here there is no await.

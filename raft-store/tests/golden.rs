@@ -8,7 +8,9 @@ use std::fmt::Write;
 use ballast_block::{BLOCK_SIZE, ClusterId, NodeId, PoolId, ReplicaId};
 use ballast_raft_store::format::batch::{Batch, BatchFields, BatchWriter};
 use ballast_raft_store::format::segment_header::{SegmentHeader, SegmentUse};
-use ballast_raft_store::format::superblock::{CheckpointBody, Features, StreamStart, Superblock};
+use ballast_raft_store::format::superblock::{
+    CheckpointBody, Features, INCOMPAT_LINEAGE, Lineage, StreamStart, Superblock,
+};
 use ballast_raft_store::format::vote_slot::{SlotNumber, VoteSlot};
 use ballast_raft_store::format::{PoolGeometry, SegmentNumber, pool_tag};
 use ballast_raft_store::stream::{RecordHead, RecordKind, StreamId};
@@ -59,6 +61,7 @@ fn superblock() -> Superblock {
             length: 40_000_000,
             crc: 0x1234_5678,
         },
+        lineage: Lineage::default(),
         starts: [1, 2, 3].map(|stream| StreamStart {
             segment: SegmentNumber(100 + stream),
             block: 20 + stream,
@@ -76,6 +79,18 @@ fn superblock_bytes() {
     superblock().encode(&mut block);
     let block = golden("superblock", include_str!("golden/superblock.hex"), &block);
     assert_eq!(Superblock::decode(&block), Ok(superblock()));
+}
+
+#[test]
+fn superblock_with_lineage_bytes() {
+    let mut superblock = superblock();
+    superblock.features.incompat = INCOMPAT_LINEAGE;
+    superblock.lineage =
+        Lineage { settled: 0x1111_2222_3333_4444, settled_boot: 4, offered: 0x5555_6666_7777_8888 };
+    let mut block = vec![0xff; BLOCK_SIZE];
+    superblock.encode(&mut block);
+    let text = include_str!("golden/superblock-lineage.hex");
+    assert_eq!(Superblock::decode(&golden("superblock-lineage", text, &block)), Ok(superblock));
 }
 
 #[test]

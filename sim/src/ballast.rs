@@ -149,7 +149,8 @@ impl Ballast {
         if self.0.formatted.borrow().contains_key(&id) {
             return;
         }
-        let made = node::format(env, &self.config(id), Some(self.0.sizes.pool_bytes), false).await;
+        let made =
+            node::format(env, &self.config(id), Some(self.0.sizes.pool_bytes), false, None).await;
         made.expect("an empty machine can be formatted");
         self.0.formatted.borrow_mut().insert(id, ());
     }

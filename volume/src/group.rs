@@ -273,6 +273,14 @@ impl<E: Env> Group<E> {
         self.inner.raft.as_leader().ok().map(|leader| leader.term())
     }
 
+    /// Whether the group has other voters than this replica.
+    pub fn has_other_voters(&self) -> bool {
+        let metrics = self.inner.raft.server_metrics();
+        let metrics = metrics.borrow_watched();
+        let own = self.inner.replica.id().0;
+        metrics.membership_config.membership().voter_ids().any(|id| id != own)
+    }
+
     /// The node of the leader, as far as this replica knows.
     pub fn leader_node(&self) -> Option<NodeId> {
         let metrics = self.inner.raft.server_metrics();
@@ -358,13 +366,14 @@ async fn guard_elections<E: Env>(group: std::rc::Weak<Inner<E>>) {
                 group.raft.runtime_config().elect(may);
             }
             let left = group.quiet_until.since(now);
-            let pause = if left.is_zero() { group.settings.election_max } else { left };
+            let pause = match (left.is_zero(), may) {
+                (false, _) => left,
+                (true, false) => group.settings.election_max,
+                (true, true) => group.settings.election_max * 4,
+            };
             (group.env.clone(), pause)
         };
-        if enabled {
-            // Health only turns from suspect to good while a pool is open.
-            return;
-        }
+        // Also when it may: a damaged map makes a good replica a suspect.
         env.sleep(pause).await;
     }
 }

@@ -37,7 +37,7 @@ impl<E: Env> Family<E> {
         }
         self.inner.group.pass().await?;
         let runs = self.inner.group.replica().allocation(ROOT_BRANCH, range).await;
-        Ok(OperationReply::Status(runs.map_err(unreadable)?))
+        Ok(OperationReply::Status(runs.map_err(|error| self.unreadable(error))?))
     }
 
     /// One block for a merge. The caller has passed the gate and holds the lock.
@@ -60,7 +60,7 @@ impl<E: Env> Family<E> {
                         self.repair(damaged).await?;
                     }
                 }
-                Err(error) => return Err(unreadable(error)),
+                Err(error) => return Err(self.unreadable(error)),
             }
         }
         Err(IoError::Damaged.into())
@@ -81,14 +81,18 @@ impl<E: Env> Family<E> {
             ExecuteError::Failed(IoError::Damaged)
         })
     }
-}
 
-fn unreadable(error: ReadError) -> ExecuteError {
-    match error {
-        ReadError::Pool(_) | ReadError::Dropped(_) => ExecuteError::Stopped,
-        error => {
-            tracing::error!(%error, "read failed");
-            ExecuteError::Failed(IoError::Damaged)
+    fn unreadable(&self, error: ReadError) -> ExecuteError {
+        match error {
+            ReadError::Pool(_) | ReadError::Dropped(_) => ExecuteError::Stopped,
+            // It is about to hand over to one that can read.
+            ReadError::MapLost(_) if self.inner.group.has_other_voters() => {
+                ExecuteError::NotLeader { hint: None }
+            }
+            error => {
+                tracing::error!(%error, "read failed");
+                ExecuteError::Failed(IoError::Damaged)
+            }
         }
     }
 }

@@ -43,7 +43,17 @@ pub fn booted_with(
 ) -> Command {
     let space = PoolSpace { capacity_bytes, used_bytes: 0 };
     let pool = pool_id(pool);
-    Command::NodeBooted(NodeBooted { node: NodeId(node), pool, boot_counter, incarnation, space })
+    Command::NodeBooted(NodeBooted {
+        node: NodeId(node),
+        pool,
+        boot_counter,
+        incarnation,
+        space,
+        settled: 0,
+        settled_boot: 0,
+        offered: 0,
+        member: None,
+    })
 }
 
 pub fn report(pool: u8, state: PoolState, capacity_bytes: u64, used_bytes: u64) -> Command {

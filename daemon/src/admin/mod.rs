@@ -50,12 +50,15 @@ impl Access {
         if !self.is_serving() {
             return Err("the node is starting or stopping".into());
         }
-        let ready = self.shard.ask(async |node| node.is_ready()).await;
+        let ready = self.shard.ask(async |node| (node.is_ready(), node.refused())).await;
         match ready {
-            Ok(true) => Ok(()),
-            Ok(false) => Err("the cluster has not accepted this node's start yet; check that \
+            Ok((true, _)) => Ok(()),
+            Ok((false, Some(reason))) => Err(format!("this node is refused: {reason}")),
+            Ok((false, None)) => {
+                Err("the cluster has not accepted this node's start yet; check that \
                               most nodes run and see each other"
-                .into()),
+                    .into())
+            }
             Err(ended) => Err(ended.to_string()),
         }
     }

@@ -23,6 +23,8 @@ pub struct Picture {
     pub founders: usize,
     /// The state as applied here.
     pub state: ClusterState,
+    /// Why the cluster does not take the node that looks, for ever, if so.
+    pub refused: Option<String>,
     /// What the nodes that answered report.
     pub reports: BTreeMap<NodeId, NodeReportV1>,
 }
@@ -32,7 +34,8 @@ impl Picture {
     pub async fn take(node: LinuxNode) -> Self {
         let reports = node.reports().await;
         let state = node.cluster_state().clone();
-        Self { own: node.identity().node, founders: node.founders(), state, reports }
+        let refused = node.refused();
+        Self { own: node.identity().node, founders: node.founders(), state, refused, reports }
     }
 
     /// What a replica's own node says of it.
@@ -53,7 +56,9 @@ impl Picture {
     }
 
     fn in_sync(&self, replica: &Replica) -> bool {
-        let Some(live) = self.report(replica).filter(|live| !live.suspect) else { return false };
+        // A learner counts for nothing yet.
+        let counts = |live: &&ReplicaReportV1| !live.suspect && live.role != "learner";
+        let Some(live) = self.report(replica).filter(counts) else { return false };
         let Some((node, leader)) = self.leader(replica.family) else { return false };
         if node == replica.node {
             return leader.replica == replica.id.0;

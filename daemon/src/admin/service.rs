@@ -5,6 +5,7 @@ use std::future::Future;
 use ballast_api::v1 as api;
 use ballast_api::v1::admin_server::Admin;
 use ballast_block::NodeId;
+use ballast_node::cluster::PoolState;
 use tonic::{Request, Response, Status};
 
 use super::Access;
@@ -78,6 +79,49 @@ fn list_pools(
     let mut pools: Vec<api::Pool> = wanted.map(|pool| picture.pool(pool)).collect();
     pools.sort_by(|a, b| (a.node, &a.id).cmp(&(b.node, &b.id)));
     Ok(api::ListPoolsResponse { pools })
+}
+
+async fn replace_pool(
+    node: LinuxNode,
+    request: api::ReplacePoolRequest,
+) -> Result<api::ReplacePoolResponse, Status> {
+    let (of, pool) = {
+        let state = node.cluster_state();
+        let of = state.find_node(&request.node).ok_or_else(|| node_unknown(&request.node))?.id;
+        let pools: Vec<_> = state.pools_on(of).map(|pool| (pool.id, pool.state)).collect();
+        let serving = pools.iter().filter(|(_, state)| *state != PoolState::Lost);
+        let candidates: Vec<_> = match serving.count() {
+            // Only lost ones: any of them stands for the node.
+            0 => pools.iter().take(1).collect(),
+            _ => pools.iter().filter(|(_, state)| *state != PoolState::Lost).collect(),
+        };
+        let pool = match request.pool_id.as_str() {
+            "" => match candidates.as_slice() {
+                [(only, _)] => *only,
+                _ => {
+                    let text = format!("{of} has {} pools: name one", candidates.len());
+                    return Err(Status::failed_precondition(text));
+                }
+            },
+            id => {
+                let named = pools.iter().find(|(pool, _)| pool.to_string() == id);
+                named
+                    .ok_or_else(|| {
+                        Status::not_found(format!(
+                            "{of} has no pool {id}: see `ballastctl pool list`"
+                        ))
+                    })?
+                    .0
+            }
+        };
+        (of, pool)
+    };
+    let replacement = node.replace_pool(of, pool).await.map_err(volumes::status)?;
+    Ok(api::ReplacePoolResponse {
+        pool_id: pool.to_string(),
+        node: of.0,
+        replacement: replacement.map_or(0, |member| member.0),
+    })
 }
 
 #[tonic::async_trait]
@@ -166,6 +210,14 @@ impl Admin for Service {
         request: Request<api::ListPoolsRequest>,
     ) -> Result<Response<api::ListPoolsResponse>, Status> {
         list_pools(&self.picture().await?, request.get_ref()).map(Response::new)
+    }
+
+    async fn replace_pool(
+        &self,
+        request: Request<api::ReplacePoolRequest>,
+    ) -> Result<Response<api::ReplacePoolResponse>, Status> {
+        let request = request.into_inner();
+        self.ask(|node| replace_pool(node, request)).await?.map(Response::new)
     }
 
     async fn get_status(

@@ -12,6 +12,11 @@ const NEARLY_FULL_ONE_IN: u64 = 8;
 /// The answer to `GetStatus`.
 pub fn status(picture: &Picture) -> api::GetStatusResponse {
     let mut reasons = Vec::new();
+    if let Some(refused) = &picture.refused {
+        let (object, message) =
+            (picture.own.to_string(), format!("this node is refused: {refused}"));
+        reasons.push(reason(api::ClusterHealth::Unavailable, "node-refused", &object, message));
+    }
     quorum(picture, &mut reasons);
     volumes(picture, &mut reasons);
     nodes(picture, &mut reasons);
@@ -104,14 +109,15 @@ fn pool(picture: &Picture, pool: &Pool, reasons: &mut Vec<api::HealthReason>) {
             let lost = |r: &&ballast_node::cluster::Replica| {
                 r.pool == pool.id && r.state == ReplicaState::Lost
             };
-            if picture.state.replicas_on(on).any(|r| lost(&r)) {
-                add(
-                    "pool-lost",
-                    format!(
-                        "pool {id} of {on} is lost and never serves again: make a new pool on its disk"
-                    ),
-                );
-            }
+            let serves = |other: &Pool| other.state != PoolState::Lost;
+            let remedy = match picture.state.pools_on(on).any(serves) {
+                // It was replaced. What stays in it had no majority of replicas left.
+                true if !picture.state.replicas_on(on).any(|r| lost(&r)) => return,
+                true => "what stays lost in it can't be brought back: delete those volumes",
+                false => "replace it: `ballastctl pool replace`",
+            };
+            let text = format!("pool {id} of {on} is lost and never serves again: {remedy}");
+            add("pool-lost", text);
             return;
         }
         api::PoolState::Failed => add(

@@ -199,7 +199,7 @@ impl Folder {
             _ => {}
         }
         settings.node.pool.clone_from(&draft);
-        let pool = crate::format::format(&settings.node, Some(size.0), false)?;
+        let pool = crate::format::format(&settings.node, Some(size.0), false, None)?;
         fs::rename(&draft, &path).map_err(DaemonError::file("rename", &draft))?;
         Ok(pool.to_string())
     }

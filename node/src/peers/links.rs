@@ -10,7 +10,8 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use ballast_block::buffer::BufferPool;
-use ballast_block::{ClusterId, NodeId, PoolId};
+use ballast_block::{ClusterId, NodeId, PoolId, ReplicaId};
+use ballast_cluster::Marks;
 use ballast_env::Env;
 use ballast_env::network::{Address, Listener};
 use ballast_env::spawn::OwnedTask;
@@ -45,6 +46,25 @@ pub struct Identity {
     pub boot: u64,
     /// Random, new with each start of the process.
     pub incarnation: u64,
+    /// What the pool says of its past, as it was opened.
+    pub marks: Marks,
+    /// The pool's member of the cluster group.
+    pub member: ReplicaId,
+}
+
+/// Why a peer is not let in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// For people.
+    pub text: String,
+    /// Its pool is lost, for ever: by an entry of the cluster group, whoever says so.
+    pub lost: bool,
+}
+
+impl From<String> for Refusal {
+    fn from(text: String) -> Self {
+        Self { text, lost: false }
+    }
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -61,22 +81,37 @@ struct HelloV1 {
     incarnation: u64,
     #[prost(string, tag = "6")]
     refusal: String,
+    #[prost(bool, tag = "7")]
+    lost: bool,
+    #[prost(fixed64, tag = "8")]
+    settled: u64,
+    #[prost(uint64, tag = "9")]
+    settled_boot: u64,
+    #[prost(fixed64, tag = "10")]
+    offered: u64,
+    #[prost(uint64, tag = "11")]
+    member: u64,
 }
 
 impl Identity {
-    fn encode(&self, refusal: &str) -> Bytes {
+    fn encode(&self, refusal: Option<&Refusal>) -> Bytes {
         let hello = HelloV1 {
             cluster: self.cluster.as_bytes().to_vec(),
             node: self.node.0,
             pool: self.pool.as_bytes().to_vec(),
             boot: self.boot,
             incarnation: self.incarnation,
-            refusal: refusal.to_owned(),
+            refusal: refusal.map(|refusal| refusal.text.clone()).unwrap_or_default(),
+            lost: refusal.is_some_and(|refusal| refusal.lost),
+            settled: self.marks.settled,
+            settled_boot: self.marks.settled_boot,
+            offered: self.marks.offered,
+            member: self.member.0,
         };
         prost::Message::encode_to_vec(&hello).into()
     }
 
-    fn decode(body: Bytes) -> Result<(Self, String), PeerError> {
+    fn decode(body: Bytes) -> Result<(Self, Option<Refusal>), PeerError> {
         let damaged = || PeerError::Refused("handshake can't be decoded".into());
         let hello: HelloV1 = prost::Message::decode(body).map_err(|_| damaged())?;
         let identity = Identity {
@@ -85,8 +120,15 @@ impl Identity {
             pool: PoolId::from_bytes(hello.pool.try_into().map_err(|_| damaged())?),
             boot: hello.boot,
             incarnation: hello.incarnation,
+            marks: Marks {
+                settled: hello.settled,
+                settled_boot: hello.settled_boot,
+                offered: hello.offered,
+            },
+            member: ReplicaId(hello.member),
         };
-        Ok((identity, hello.refusal))
+        let refusal = Refusal { text: hello.refusal, lost: hello.lost };
+        Ok((identity, Some(refusal).filter(|refusal| !refusal.text.is_empty())))
     }
 }
 
@@ -102,7 +144,10 @@ pub enum Lane {
 /// What the node does with what peers send.
 pub trait Handler: 'static {
     /// Whether a peer may talk to this node; the text of a refusal goes to it.
-    fn admit(&self, peer: &Identity) -> Result<(), String>;
+    fn admit(&self, peer: &Identity) -> Result<(), Refusal>;
+
+    /// A peer of the same cluster says that this node's pool is lost.
+    fn lost(&self, reason: &str);
 
     /// Answers a call: body and payload of the reply.
     fn call(
@@ -285,7 +330,7 @@ impl<E: Env> Dialler<E> {
             let (reader, writer) = tokio::io::split(stream);
             let mut reader = FrameReader::new(reader, self.links.buffers.clone());
             let connection = Connection::new(env.now());
-            let hello = self.links.identity.encode("");
+            let hello = self.links.identity.encode(None);
             connection.send(Frame::plain(Kind::Hello, self.lane as u64, hello))?;
             let mut writer = writer;
             let reply = tokio::select! {
@@ -302,14 +347,18 @@ impl<E: Env> Dialler<E> {
             () = env.sleep(HANDSHAKE_MAX) => return Err(PeerError::TimedOut),
         };
         let (peer, refusal) = Identity::decode(reply.body)?;
-        if !refusal.is_empty() {
-            tracing::warn!(node = %self.node, %refusal, "peer refuses this node");
-            return Err(PeerError::Refused(refusal));
-        }
         let verdict = self.links.check(&peer, Some(self.node));
-        verdict.and_then(|()| self.handler.admit(&peer)).map_err(|refusal| {
-            tracing::warn!(node = %self.node, refusal, "peer refused");
-            PeerError::Refused(refusal)
+        if let Some(Refusal { text, lost }) = refusal {
+            tracing::warn!(node = %self.node, refusal = text, "peer refuses this node");
+            if lost && verdict.is_ok() {
+                self.handler.lost(&text);
+            }
+            return Err(PeerError::Refused(text));
+        }
+        let verdict = verdict.map_err(Refusal::from);
+        verdict.and_then(|()| self.handler.admit(&peer)).map_err(|Refusal { text, .. }| {
+            tracing::warn!(node = %self.node, refusal = text, "peer refused");
+            PeerError::Refused(text)
         })?;
         self.up(&connection, peer);
         let ended = pump(env, &connection, reader, writer, |frame| connection.deliver(frame)).await;
@@ -422,19 +471,19 @@ async fn accept_one<E: Env>(
             return connection.close();
         }
     };
-    let verdict = links.check(&peer, None).and_then(|()| handler.admit(&peer));
-    let refusal = verdict.err().unwrap_or_default();
-    let reply = links.identity.encode(&refusal);
+    let verdict = links.check(&peer, None).map_err(Refusal::from);
+    let refusal = verdict.and_then(|()| handler.admit(&peer)).err();
+    let reply = links.identity.encode(refusal.as_ref());
     let _ = connection.send(Frame::plain(Kind::HelloReply, 0, reply));
     let inbound = Inbound {
         env: env.clone(),
         connection: connection.clone(),
         handler,
         peer,
-        refused: !refusal.is_empty(),
+        refused: refusal.is_some(),
     };
-    if inbound.refused {
-        tracing::warn!(from, peer = %peer.node, refusal, "peer refused");
+    if let Some(Refusal { text, .. }) = refusal {
+        tracing::warn!(from, peer = %peer.node, refusal = text, "peer refused");
     }
     inbound.serve(reader, writer).await;
     connection.close();

@@ -11,7 +11,9 @@ use bytes::Bytes;
 use super::PoolGeometry;
 use super::SegmentNumber;
 use super::geometry::{SUPERBLOCK_OFFSETS, VOTE_SLOTS_OFFSET};
-use super::superblock::{CheckpointBody, DecodeSuperblockError, Features, StreamStart, Superblock};
+use super::superblock::{
+    CheckpointBody, DecodeSuperblockError, Features, Lineage, StreamStart, Superblock,
+};
 use crate::pool::{FormatOptions, FormatPoolError};
 
 /// Makes a pool; answers its id. Durable when it returns.
@@ -75,6 +77,7 @@ fn new_superblock<E: Env>(env: &E, options: &FormatOptions, geometry: PoolGeomet
         boot_counter: 0,
         checkpoint: 0,
         body: CheckpointBody::default(),
+        lineage: Lineage::default(),
         // Only the hot stream's first segment is bespoken; the others take any free one.
         starts: [start(0), start(0), start(0)],
     }

@@ -11,14 +11,19 @@ use super::{NO_SEGMENT, PoolGeometry, SegmentNumber};
 
 const MAGIC: u32 = u32::from_le_bytes(*b"BLST");
 const CRC_AT: usize = 4;
+const LINEAGE_AT: usize = 120;
 const POSITIONS_AT: usize = 168;
 const SEGMENTS_AT: usize = 512;
 
 /// Version of the layout. Changed only when an older program must not even look at the bits below.
 pub const SUPERBLOCK_VERSION: u32 = 1;
 
+/// Incompat feature: the superblock has a [`Lineage`]. A program that does not know it would write
+/// the block without, and the pool would look rolled back ever after.
+pub const INCOMPAT_LINEAGE: u64 = 1;
+
 /// Features (incompat) that this program knows; a pool with others is refused.
-pub const INCOMPAT_KNOWN: u64 = 0;
+pub const INCOMPAT_KNOWN: u64 = INCOMPAT_LINEAGE;
 
 /// Features (ro-compat) that this program knows; a pool with others may only be read.
 pub const RO_COMPAT_KNOWN: u64 = 0;
@@ -65,6 +70,20 @@ pub struct CheckpointBody {
     pub crc: u32,
 }
 
+/// Which past of the pool the cluster has accepted (hazard F5). A pool whose contents went back in
+/// time has the marks of that time: the cluster accepted another one since, and no number of starts
+/// brings the two together again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lineage {
+    /// Random; the last mark that this pool knows the cluster has accepted. 0 = none yet.
+    pub settled: u64,
+    /// The start, by boot counter, that was accepted with it.
+    pub settled_boot: u64,
+    /// The mark that this start offers, or an earlier one that was not answered. As `settled` when
+    /// nothing is open.
+    pub offered: u64,
+}
+
 /// A superblock.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Superblock {
@@ -86,6 +105,8 @@ pub struct Superblock {
     pub checkpoint: u64,
     /// Its body; empty when there is none.
     pub body: CheckpointBody,
+    /// What the cluster knows the pool by.
+    pub lineage: Lineage,
     /// Where each stream stood at the last checkpoint, by stream number - 1. The first is where
     /// recovery starts; the others only count on.
     pub starts: [StreamStart; 3],
@@ -133,6 +154,10 @@ impl Superblock {
         out.u64(self.body.length);
         out.u32(self.body.crc);
         out.u32(self.body.segments.len() as u32);
+        let mut out = Writer::new(block, LINEAGE_AT);
+        out.u64(self.lineage.settled);
+        out.u64(self.lineage.settled_boot);
+        out.u64(self.lineage.offered);
         let mut out = Writer::new(block, POSITIONS_AT);
         for start in &self.starts {
             out.u32(start.segment.0);
@@ -181,6 +206,12 @@ impl Superblock {
         let boot_counter = fields.u64().expect(IN_BLOCK);
         let checkpoint = fields.u64().expect(IN_BLOCK);
         let body = decode_body(fields, block, geometry)?;
+        let lineage = &mut Reader::new(block, LINEAGE_AT);
+        let lineage = Lineage {
+            settled: lineage.u64().expect(IN_BLOCK),
+            settled_boot: lineage.u64().expect(IN_BLOCK),
+            offered: lineage.u64().expect(IN_BLOCK),
+        };
         let starts = decode_starts(block, geometry)?;
         Ok(Self {
             cluster,
@@ -192,6 +223,7 @@ impl Superblock {
             boot_counter,
             checkpoint,
             body,
+            lineage,
             starts,
         })
     }

@@ -43,6 +43,16 @@ mod version;
 #[cfg(test)]
 mod tests;
 
+/// The pages that a map's root names, each with its checksum: not those that these lead to.
+///
+/// # Errors
+/// What is wrong with the root.
+pub(crate) fn pages_of(root: &[u8]) -> Result<Vec<(PageAddress, u32)>, &'static str> {
+    let root = root::Root::decode(root)?;
+    let lists = root.runs.into_iter().chain(root.leaves);
+    Ok(lists.flat_map(|(_, pages)| pages).collect())
+}
+
 pub use cache::PageCache;
 pub use freeze::FrozenMap;
 pub use types::{

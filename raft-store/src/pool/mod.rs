@@ -25,6 +25,8 @@ pub use types::{
     ReplicaDescriptor, Space,
 };
 
+pub use crate::format::superblock::Lineage;
+
 use crate::format::vote_slot::SlotNumber;
 use crate::replica::core::ReplicaInner;
 use crate::replica::record::DescriptorV1;
@@ -97,6 +99,19 @@ impl<E: Env> Pool<E> {
     /// How often the pool was opened, this time included; peers compare it (hazard F5).
     pub fn boot_counter(&self) -> u64 {
         self.shared().streams.info().boot_counter
+    }
+
+    /// The marks that tell this pool's past from any other (hazard F5).
+    pub fn lineage(&self) -> Lineage {
+        self.shared().streams.lineage()
+    }
+
+    /// Notes durably that the cluster has accepted this start with the mark that it offered.
+    ///
+    /// # Errors
+    /// [`PoolFailed`].
+    pub async fn settle_lineage(&self) -> Result<(), PoolFailed> {
+        self.shared().streams.settle_lineage().await
     }
 
     /// Every replica, by id.
@@ -224,6 +239,10 @@ impl<E: Env> Pool<E> {
             cache_bytes: shared.cache.borrow().bytes() as u64,
             map_delta_bytes: shared.delta_bytes.get() as u64,
             damaged_blocks: counters.damaged_blocks.get(),
+            damaged_pages: counters.damaged_pages.get(),
+            damaged_headers: counters.damaged_headers.get(),
+            damaged_superblocks: counters.damaged_superblocks.get(),
+            damaged_votes: counters.damaged_votes.get(),
             repaired_blocks: counters.repaired_blocks.get(),
             suspects: suspects as u64,
         }

@@ -17,7 +17,7 @@ use crate::format::vote_slot::{SlotNumber, SlotState};
 use crate::log::index::Slot;
 use crate::map::ExtentMap;
 use crate::place::Place;
-use crate::pool::shared::Shared;
+use crate::pool::shared::{Shared, count};
 use crate::pool::{OpenPoolError, PoolExpectation, RecoveryReport};
 use crate::replica::core::{Applied, ReplicaInner};
 use crate::replica::record::{
@@ -48,6 +48,16 @@ pub(super) async fn open<E: Env>(
     let damaged = |one: &Rc<ReplicaInner<E>>| {
         one.log.borrow().slots().filter(|slot| slot.damaged).count() as u64
     };
+    for finding in &findings {
+        let counters = &shared.counters;
+        match finding {
+            Finding::PayloadDamaged { .. } => count(&counters.damaged_blocks, 1),
+            Finding::BatchesLost { count: lost, .. } => count(&counters.damaged_headers, *lost),
+            Finding::SegmentHeaderDamaged { .. } => count(&counters.damaged_headers, 1),
+            Finding::SuperblockDamaged { .. } => count(&counters.damaged_superblocks, 1),
+            Finding::TornTail { .. } => {}
+        }
+    }
     let report = RecoveryReport {
         replicas: replicas.len(),
         replayed_records: replay.len() as u64,
@@ -127,6 +137,7 @@ async fn load_replica<E: Env>(
         Err(problem) => {
             // The log and the vote are whole: the replica stays, and is resynced from nothing.
             tracing::error!(replica = %descriptor.replica, problem, "extent map is lost");
+            count(&shared.counters.damaged_pages, 1);
             (ExtentMap::new(shared.map_io.clone(), &shared.pages), true)
         }
     };
@@ -240,6 +251,7 @@ async fn read_votes<E: Env>(shared: &Rc<Shared<E>>, suspects: &BTreeMap<ReplicaI
         Some(SlotNumber(last)) => shared.streams.read_vote_slots(usize::from(last) + 1).await,
         None => Vec::new(),
     };
+    let mut rewrite = Vec::new();
     for replica in replicas {
         let id = replica.descriptor.replica;
         let slot = &slots[usize::from(replica.vote_slot.0)];
@@ -249,6 +261,10 @@ async fn read_votes<E: Env>(shared: &Rc<Shared<E>>, suspects: &BTreeMap<ReplicaI
             }
             _ => None,
         };
+        if *slot == SlotState::Damaged {
+            tracing::error!(replica = %id, "second place of a vote is damaged");
+            count(&shared.counters.damaged_votes, 1);
+        }
         let mut log = replica.log.borrow_mut();
         log.vote = later_vote(log.vote, second);
         // A hint that outlived the entries it speaks of says nothing.
@@ -261,6 +277,15 @@ async fn read_votes<E: Env>(shared: &Rc<Shared<E>>, suspects: &BTreeMap<ReplicaI
             let before = matches!(*health, Health::Suspect { vote_lost: true, .. });
             let vote_lost = before || *slot == SlotState::Damaged;
             *health = Health::Suspect { vote_lost, term: term.max(last_term) };
+        } else if let (SlotState::Damaged, Some(vote)) = (slot, log.vote) {
+            let body = VoteV1::from(&vote).encode_to_vec().into();
+            rewrite.push((replica.vote_slot, id, replica.op.get(), body));
+        }
+    }
+    // What the first place says for certain.
+    for (slot, replica, op, body) in rewrite {
+        if let Err(error) = shared.streams.write_vote_slot(slot, replica, op, body).await {
+            tracing::error!(%replica, %error, "second place of a vote not written anew");
         }
     }
 }
@@ -314,7 +339,7 @@ impl<E: Env> ReplicaInner<E> {
     }
 
     /// May have lost something that it acknowledged.
-    fn suspect(&self) {
+    pub(crate) fn suspect(&self) {
         let mut health = self.health.borrow_mut();
         if *health == Health::Good {
             let term = self.log.borrow().vote.map_or(0, |vote| vote.leader_id.term);
@@ -323,6 +348,19 @@ impl<E: Env> ReplicaInner<E> {
     }
 
     async fn replay_install(&self, record: &Replayed) -> Result<(), String> {
+        if record.payload_state == PayloadState::Damaged {
+            // Which state it switched to is lost, and so is what came after: this replica is, not
+            // the pool.
+            tracing::error!(replica = %self.descriptor.replica, "install record is damaged");
+            if let Some(payload) = record.payload {
+                self.shared.streams.segments().mark_dead(payload.place, payload.blocks);
+            }
+            count(&self.shared.counters.damaged_blocks, 1);
+            self.abandon_resync();
+            self.map_lost.set(true);
+            self.suspect();
+            return Ok(());
+        }
         let unreadable = |what: &str| format!("install record {}: {what}", record.op);
         let encoded = match record.payload {
             None => record.body.clone(),
@@ -332,8 +370,8 @@ impl<E: Env> ReplicaInner<E> {
                 let length = length.map_err(|_| unreadable("no length"))?;
                 let whole = self.whole_payload(payload.place, payload.blocks).await?;
                 let length = usize::try_from(length).map_err(|_| unreadable("length"))?;
-                if length > whole.len() || record.payload_state != PayloadState::Good {
-                    return Err(unreadable("payload is damaged: replace this replica"));
+                if length > whole.len() {
+                    return Err(unreadable("length"));
                 }
                 whole.slice(..length)
             }

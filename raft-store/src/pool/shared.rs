@@ -59,6 +59,10 @@ pub(crate) struct Counters {
     pub cleaner_segments: Cell<u64>,
     pub checkpoints: Cell<u64>,
     pub damaged_blocks: Cell<u64>,
+    pub damaged_pages: Cell<u64>,
+    pub damaged_headers: Cell<u64>,
+    pub damaged_superblocks: Cell<u64>,
+    pub damaged_votes: Cell<u64>,
     pub repaired_blocks: Cell<u64>,
 }
 

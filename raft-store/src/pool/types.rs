@@ -227,6 +227,14 @@ pub struct PoolStats {
     pub map_delta_bytes: u64,
     /// Blocks whose checksum failed.
     pub damaged_blocks: u64,
+    /// Pages of extent maps that failed theirs: their replicas are to be replaced.
+    pub damaged_pages: u64,
+    /// Headers of batches and segments that recovery found damaged.
+    pub damaged_headers: u64,
+    /// Superblocks that opening the pool found damaged, and wrote anew.
+    pub damaged_superblocks: u64,
+    /// Vote slots that recovery found damaged.
+    pub damaged_votes: u64,
     /// Blocks repaired.
     pub repaired_blocks: u64,
     /// Replicas that are suspect.

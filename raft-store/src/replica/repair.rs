@@ -6,6 +6,7 @@ use ballast_block::{BlockRange, Payload};
 use ballast_env::Env;
 use prost::Message;
 
+use crate::log::index::Slot;
 use crate::map::{Move, RunContent};
 use crate::place::Place;
 use crate::pool::PoolFailure;
@@ -64,12 +65,25 @@ impl<E: Env> ReplicaInner<E> {
             Some(from) => {
                 let DamagedBlock { block, branch, sequence, .. } = damaged;
                 self.map.borrow().relocate(&[Move { block, branch, sequence, from, to }]);
+                self.note_damaged_entry(from);
                 self.note_delta();
                 count(&self.shared.counters.repaired_blocks, 1);
             }
             None => segments.mark_dead(to, 1),
         }
         Ok(())
+    }
+
+    /// A retained entry with payload at `place` is to be mended as well: a follower may want it.
+    fn note_damaged_entry(&self, place: Place) {
+        let mut log = self.log.borrow_mut();
+        let holds =
+            |slot: &&Slot| slot.place <= place && place < slot.place.plus(slot.blocks.into());
+        let index = log.slots().filter(|slot| slot.is_write()).find(holds);
+        let index = index.map(|slot| slot.entry.log_id.index);
+        if let Some(slot) = index.and_then(|index| log.get_mut(index)) {
+            slot.damaged = true;
+        }
     }
 
     /// Gives a damaged retained entry its payload back: it moves to the end of the log.

@@ -18,7 +18,9 @@ use crate::format::SegmentNumber;
 use crate::format::create::encoded;
 use crate::format::geometry::SUPERBLOCK_OFFSETS;
 use crate::format::segment_header::{SegmentHeader, SegmentUse};
-use crate::format::superblock::{CHECKPOINT_SEGMENTS_MAX, CheckpointBody, StreamStart, Superblock};
+use crate::format::superblock::{
+    CHECKPOINT_SEGMENTS_MAX, CheckpointBody, Lineage, StreamStart, Superblock,
+};
 use crate::place::Place;
 use crate::segment::{FrozenTable, SegmentState};
 
@@ -134,12 +136,8 @@ impl<E: Env> StreamSet<E> {
         table[..8].copy_from_slice(&length.to_le_bytes());
         let pieces: Vec<Bytes> = [Bytes::from(table)].into_iter().chain(body).collect();
 
-        let mut superblock = shared.superblock.borrow().clone();
-        superblock.checkpoint += 1;
-        superblock.generation += 1;
-        superblock.starts = frozen.starts;
         let segments = allocate(shared, &pieces)?;
-        let written = write_body(shared, superblock.checkpoint, &segments, &pieces).await;
+        let written = write_body(shared, self.checkpoint() + 1, &segments, &pieces).await;
         let (length, crc) = match written {
             Ok(written) => written,
             Err(failed) => {
@@ -147,14 +145,50 @@ impl<E: Env> StreamSet<E> {
                 return Err(failed.into());
             }
         };
-        superblock.body = CheckpointBody { segments, length, crc };
-        write_superblocks(shared, &superblock).await?;
-
-        let committed = superblock.checkpoint;
-        let old = shared.superblock.replace(superblock);
+        let body = CheckpointBody { segments, length, crc };
+        let old = self
+            .rewrite_superblocks(|superblock| {
+                superblock.checkpoint += 1;
+                superblock.starts = frozen.starts;
+                superblock.body = body;
+            })
+            .await?;
+        let committed = old.checkpoint + 1;
         old.body.segments.iter().for_each(|&segment| shared.table.give_back(segment));
         let freed = shared.table.free_all(&unreferenced, replayed_from);
         Ok(Committed { checkpoint: committed, bytes: length, freed })
+    }
+
+    /// Changes both superblocks, durably; answers what was there before. One change at a time.
+    async fn rewrite_superblocks(
+        &self,
+        change: impl FnOnce(&mut Superblock),
+    ) -> Result<Superblock, PoolFailed> {
+        let shared = self.shared();
+        let _one = shared.superblock_writes.lock().await;
+        let mut superblock = shared.superblock.borrow().clone();
+        change(&mut superblock);
+        superblock.generation += 1;
+        write_superblocks(shared, &superblock).await?;
+        Ok(shared.superblock.replace(superblock))
+    }
+
+    /// The marks that tell this pool's past from any other (hazard F5).
+    pub fn lineage(&self) -> Lineage {
+        self.shared().superblock.borrow().lineage
+    }
+
+    /// Notes durably that the cluster has accepted this start with the mark that it offered.
+    ///
+    /// # Errors
+    /// [`PoolFailed`].
+    pub async fn settle_lineage(&self) -> Result<(), PoolFailed> {
+        let boot = self.info().boot_counter;
+        let settle = |superblock: &mut Superblock| {
+            superblock.lineage.settled = superblock.lineage.offered;
+            superblock.lineage.settled_boot = boot;
+        };
+        self.rewrite_superblocks(settle).await.map(drop)
     }
 
     /// Number of the last durable checkpoint; 0 = none yet.

@@ -70,7 +70,7 @@ pub enum OpenStoreError {
     NotAPool,
     /// It was a pool. It is never made anew: its replicas must be replaced (hazard F5).
     #[error(
-        "both superblocks are damaged ({first}; {second}): remove this pool from the cluster, its replicas are rebuilt elsewhere"
+        "both superblocks are damaged ({first}; {second}): give this pool up with `ballastctl pool replace`; its replicas are brought back from the other nodes"
     )]
     SuperblocksDamaged {
         /// What is wrong with the first.
@@ -116,7 +116,7 @@ pub enum OpenStoreError {
     },
     /// The body of the checkpoint can't be read or its checksum fails.
     #[error(
-        "checkpoint {checkpoint} is damaged ({problem}): remove this pool from the cluster, its replicas are rebuilt elsewhere"
+        "checkpoint {checkpoint} is damaged ({problem}): give this pool up with `ballastctl pool replace`; its replicas are brought back from the other nodes"
     )]
     CheckpointDamaged {
         /// Its number.
@@ -155,7 +155,7 @@ pub async fn open<E: Env>(
     check_expected(&superblock, &expect, file.size())?;
     let recovered = recover(&file, superblock, findings).await?;
     let Recovered { mut superblock, table, body, scan, replay, findings } = recovered;
-    raise_boot_counter(&file, &mut superblock, &copies).await?;
+    raise_boot_counter(&file, &mut superblock, &copies, env.random_u64()).await?;
     make_tail_durable(&file, &scan, superblock.geometry).await?;
     let info = PoolInfo::of(&superblock);
     let starts = queue_starts(&superblock, &scan);
@@ -172,6 +172,10 @@ pub struct Inspected {
     pub checkpoint: u64,
     /// Its body.
     pub checkpoint_body: Option<Bytes>,
+    /// Its segments, in order.
+    pub checkpoint_segments: Vec<SegmentNumber>,
+    /// Its length in bytes.
+    pub checkpoint_bytes: u64,
     /// The segments, as the next open would find them.
     pub segments: SegmentTable,
     /// The records since the checkpoint.
@@ -192,10 +196,13 @@ pub async fn inspect<E: Env>(env: &E, path: &Path) -> Result<Inspected, OpenStor
     let recovered = recover(&file, superblock, findings).await?;
     let Recovered { mut superblock, table, body, replay, findings, .. } = recovered;
     superblock.boot_counter -= 1;
+    let info = PoolInfo::of(&superblock);
     Ok(Inspected {
-        info: PoolInfo::of(&superblock),
+        info,
         checkpoint: superblock.checkpoint,
         checkpoint_body: body,
+        checkpoint_segments: superblock.body.segments,
+        checkpoint_bytes: superblock.body.length,
         segments: table,
         replay,
         findings,

@@ -69,6 +69,8 @@ pub(super) struct Shared<E: Env> {
     failed: watch::Sender<Option<PoolFailed>>,
     /// As both copies on disk stand.
     pub(super) superblock: RefCell<Superblock>,
+    /// One change of the superblocks at a time.
+    pub(super) superblock_writes: tokio::sync::Mutex<()>,
     /// A checkpoint is being written.
     pub(super) committing: Cell<bool>,
     pub(super) votes: VoteWriter,
@@ -105,6 +107,7 @@ impl<E: Env> StreamSet<E> {
             streams,
             failed: watch::Sender::new(None),
             superblock: RefCell::new(superblock),
+            superblock_writes: tokio::sync::Mutex::new(()),
             committing: Cell::new(false),
             votes: VoteWriter::default(),
         });

@@ -11,7 +11,8 @@ use super::verdict::Finding;
 use crate::format::create::encoded;
 use crate::format::geometry::SUPERBLOCK_OFFSETS;
 use crate::format::superblock::{
-    DecodeSuperblockError, Features, INCOMPAT_KNOWN, RO_COMPAT_KNOWN, Superblock,
+    DecodeSuperblockError, Features, INCOMPAT_KNOWN, INCOMPAT_LINEAGE, Lineage, RO_COMPAT_KNOWN,
+    Superblock,
 };
 use crate::pool::PoolExpectation;
 
@@ -103,15 +104,29 @@ pub(super) fn newest(copies: &Copies) -> Superblock {
     superblock
 }
 
+/// A mark that is neither none nor the last one.
+fn fresh_mark(lineage: Lineage, random: u64) -> u64 {
+    let candidates = [random, !random, random ^ 1];
+    let fresh = candidates.into_iter().find(|&mark| mark != 0 && mark != lineage.settled);
+    fresh.expect("of three different numbers at most two are taken")
+}
+
 /// Writes both copies, first the one whose loss costs nothing.
 pub(super) async fn raise_boot_counter<F: File>(
     file: &F,
     superblock: &mut Superblock,
     copies: &Copies,
+    random: u64,
 ) -> Result<(), OpenStoreError> {
     let age = |copy: usize| copies[copy].as_ref().map_or(0, |copy| copy.generation);
     let first = usize::from(age(1) < age(0));
     superblock.generation += 1;
+    superblock.features.incompat |= INCOMPAT_LINEAGE;
+    let lineage = &mut superblock.lineage;
+    if lineage.offered == lineage.settled {
+        // Never the mark of another start. One that is open stays: the cluster may have it.
+        lineage.offered = fresh_mark(*lineage, random);
+    }
     for copy in [first, 1 - first] {
         file.write_at(SUPERBLOCK_OFFSETS[copy], vec![encoded(superblock)]).await?;
     }

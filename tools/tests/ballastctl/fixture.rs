@@ -107,6 +107,10 @@ impl Fixture {
                 boot_counter: 4,
                 incarnation: 1,
                 space: PoolSpace { capacity_bytes: 1024 * GIB, used_bytes: 300 * GIB },
+                settled: 0,
+                settled_boot: 0,
+                offered: 0,
+                member: None,
             }));
             assert_eq!(booted, Reply::Done);
         }
@@ -440,6 +444,18 @@ impl Admin for Fixture {
         let chosen = world.cluster.pools().filter(|pool| node.is_none_or(|it| it == pool.node));
         let pools = chosen.map(|pool| world.pool(pool)).collect();
         Ok(Response::new(v1::ListPoolsResponse { pools }))
+    }
+
+    async fn replace_pool(
+        &self,
+        request: Request<v1::ReplacePoolRequest>,
+    ) -> Answer<v1::ReplacePoolResponse> {
+        let world = self.world()?;
+        let node = world.find_node(&request.into_inner().node)?;
+        let pool = world.cluster.pools_on(node.id).next();
+        let pool_id = pool.map(|pool| pool.id.to_string()).unwrap_or_default();
+        let (node, replacement) = (node.id.0, 1007);
+        Ok(Response::new(v1::ReplacePoolResponse { pool_id, node, replacement }))
     }
 
     async fn get_status(&self, _: Request<v1::GetStatusRequest>) -> Answer<v1::GetStatusResponse> {

@@ -70,7 +70,7 @@ pub enum Command {
     /// List and show nodes
     #[command(subcommand)]
     Node(NodeCommand),
-    /// List pools
+    /// List pools, and replace lost ones
     #[command(subcommand)]
     Pool(PoolCommand),
     /// Whether the cluster is well, and if not, why
@@ -153,6 +153,21 @@ pub enum PoolCommand {
         /// The node's name or number
         #[arg(long)]
         node: Option<String>,
+    },
+    /// Give a node's pool up for ever, so that a new one can take its place
+    #[command(after_help = "For a pool that is lost, rolled back or damaged beyond repair. Its \
+        replicas come back from the other nodes, under new ids, once the new pool is there.\n\n\
+        Example:\n  ballastctl pool replace --node node-2")]
+    Replace {
+        /// The node's name or number
+        #[arg(long)]
+        node: String,
+        /// The pool's id, where the node has several
+        #[arg(long, default_value = "")]
+        pool: String,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
     },
 }
 

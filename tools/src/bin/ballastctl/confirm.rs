@@ -24,8 +24,25 @@ pub fn confirm_delete(volume: &str) -> io::Result<Answer> {
     ask(volume, &mut io::stdin().lock(), &mut io::stderr())
 }
 
+/// Asks whether to give a node's pool up, by having the node's name typed as it was given.
+///
+/// # Errors
+/// When the terminal can't be read or written.
+pub fn confirm_replace(node: &str) -> io::Result<Answer> {
+    if !io::stdin().is_terminal() {
+        return Ok(Answer::Nobody);
+    }
+    let mut output = io::stderr();
+    write!(output, "The pool of {node} will never serve again. Type {node} to give it up: ")?;
+    typed(node, &mut io::stdin().lock(), &mut output)
+}
+
 fn ask(volume: &str, input: &mut dyn BufRead, output: &mut dyn Write) -> io::Result<Answer> {
     write!(output, "All data of volume {volume:?} will be lost. Type its name to delete it: ")?;
+    typed(volume, input, output)
+}
+
+fn typed(volume: &str, input: &mut dyn BufRead, output: &mut dyn Write) -> io::Result<Answer> {
     output.flush()?;
     let mut line = String::new();
     input.read_line(&mut line)?;

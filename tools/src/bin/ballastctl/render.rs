@@ -6,8 +6,8 @@ use crate::size::show_size;
 use crate::table::{fields, table};
 use crate::time::show_time;
 use crate::view::{
-    Deleted, LeaderMoved, NodeDetail, Nodes, OneVolume, Pool, Pools, Replica, Status, Volume,
-    VolumeDetail, Volumes,
+    Deleted, LeaderMoved, NodeDetail, Nodes, OneVolume, Pool, PoolReplaced, Pools, Replica, Status,
+    Volume, VolumeDetail, Volumes,
 };
 
 /// An answer: `Serialize` is its form for programs.
@@ -63,6 +63,20 @@ impl Answer for Deleted {
 impl Answer for LeaderMoved {
     fn text(&self) -> String {
         format!("node {} leads\n", self.leader_node)
+    }
+}
+
+impl Answer for PoolReplaced {
+    fn text(&self) -> String {
+        let PoolReplaced { pool, node, replacement } = self;
+        match replacement {
+            0 => format!("pool {pool} was replaced already\n"),
+            _ => format!(
+                "pool {pool} is given up. On node {node}, with the disk that is to take its place:\n  \
+                 ballastd format --config FILE --replacement {replacement}\n\
+                 then start the node; its replicas are brought back from the other nodes.\n"
+            ),
+        }
     }
 }
 

@@ -32,6 +32,12 @@ pub enum Failure {
     /// The answer was no.
     #[error("volume {0:?} was not deleted: its name was not typed")]
     NotConfirmed(String),
+    /// As for a volume.
+    #[error("the pool of {0} was not given up: there is no terminal to ask on; give --yes")]
+    NobodyToAskForPool(String),
+    /// As for a volume.
+    #[error("the pool of {0} was not given up: the node's name was not typed")]
+    PoolNotConfirmed(String),
     /// The terminal failed.
     #[error("terminal can't be read ({0}); give --yes")]
     Terminal(#[source] std::io::Error),
@@ -59,7 +65,7 @@ impl Failure {
     /// 2 for wrong usage, else 1.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Failure::Endpoint(_) | Failure::NobodyToAsk(_) => 2,
+            Failure::Endpoint(_) | Failure::NobodyToAsk(_) | Failure::NobodyToAskForPool(_) => 2,
             _ => 1,
         }
     }
@@ -89,6 +95,15 @@ pub async fn run(cli: &Cli) -> Result<String, Failure> {
             let node = node.clone().unwrap_or_default();
             let pools = client.list_pools(v1::ListPoolsRequest { node }).await?.pools;
             Ok(show(cli, &view::Pools { pools: all(pools) }))
+        }
+        Command::Pool(PoolCommand::Replace { node, pool, yes }) => {
+            if !yes {
+                confirm_pool(node)?;
+            }
+            let request = v1::ReplacePoolRequest { node: node.clone(), pool_id: pool.clone() };
+            let it = client.replace_pool(request).await?;
+            let (pool, node, replacement) = (it.pool_id, it.node, it.replacement);
+            Ok(show(cli, &view::PoolReplaced { pool, node, replacement }))
         }
         Command::Status => {
             let status = client.get_status(v1::GetStatusRequest {}).await?;
@@ -169,6 +184,14 @@ fn confirm(volume: &str) -> Result<(), Failure> {
         confirm::Answer::Yes => Ok(()),
         confirm::Answer::No => Err(Failure::NotConfirmed(volume.to_owned())),
         confirm::Answer::Nobody => Err(Failure::NobodyToAsk(volume.to_owned())),
+    }
+}
+
+fn confirm_pool(node: &str) -> Result<(), Failure> {
+    match confirm::confirm_replace(node).map_err(Failure::Terminal)? {
+        confirm::Answer::Yes => Ok(()),
+        confirm::Answer::No => Err(Failure::PoolNotConfirmed(node.to_owned())),
+        confirm::Answer::Nobody => Err(Failure::NobodyToAskForPool(node.to_owned())),
     }
 }
 

@@ -136,6 +136,16 @@ pub struct LeaderMoved {
     pub leader_node: u32,
 }
 
+/// `ballastctl pool replace`.
+#[derive(Debug, Serialize)]
+pub struct PoolReplaced {
+    /// The pool that was given up.
+    pub pool: String,
+    pub node: u32,
+    /// 0 = replaced already.
+    pub replacement: u64,
+}
+
 /// `ballastctl node list`.
 #[derive(Debug, Serialize)]
 pub struct Nodes {

@@ -1,0 +1,254 @@
+//! Damaged, lost and rolled-back pools: what was acknowledged is there, nobody reads a wrong byte,
+//! and a pool that has forgotten something takes no part until it is replaced.
+
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use ballast_e2e::cluster::Cluster;
+use ballast_e2e::process::{self, output, run};
+use ballast_e2e::scratch;
+use ballast_e2e::verify::Verify;
+use ballast_e2e::wait;
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+fn pool_file(cluster: &Cluster, id: u32) -> PathBuf {
+    cluster.data().join(format!("node-{id}/pool"))
+}
+
+/// The load of these tests, on the node given first.
+fn load(cluster: &Cluster, nodes: &[u32]) -> Verify {
+    let uris: Vec<String> = nodes.iter().map(|&id| cluster.uri(id)).collect();
+    let uris: Vec<&str> = uris.iter().map(String::as_str).collect();
+    Verify::start(&cluster.scratch, &uris, &["--expect-zeroes", "--span-mib", "32"])
+}
+
+fn gauge(cluster: &Cluster, id: u32, name: &str) -> Option<f64> {
+    let page = cluster.try_metrics(id)?;
+    let line = page.lines().find(|line| line.starts_with(name))?;
+    line.rsplit(' ').next()?.parse().ok()
+}
+
+#[track_caller]
+fn wait_refused(cluster: &Cluster, id: u32) {
+    wait::until_true("the node says that it is refused", 60, || {
+        gauge(cluster, id, "ballast_pool_refused") == Some(1.0)
+    });
+    assert!(!cluster.is_ready(id), "a refused node is not ready");
+}
+
+/// Replaces the pool of a node that does not run by a fresh one, as the administrator is told to.
+fn replace_pool(cluster: &mut Cluster, id: u32, asked: u32) {
+    let node = id.to_string();
+    let told =
+        cluster.ballastctl(asked, &["pool", "replace", "--node", &node, "--yes", "-o", "json"]);
+    let told: Value = serde_json::from_str(&told).expect("JSON");
+    let replacement = told["replacement"].as_u64().expect("a number").to_string();
+    assert_ne!(replacement, "0", "{told}");
+    std::fs::remove_file(pool_file(cluster, id)).expect("the old pool file is there");
+    let config = cluster.data().join(format!("node-{id}/config.toml")).display().to_string();
+    let program = scratch::program("ballastd").display().to_string();
+    let create = ["format", "--config", &config, "--create", "1536MiB"];
+    run(&program, &[&create[..], &["--replacement", &replacement]].concat());
+    cluster.restart(id);
+    cluster.wait_in_sync("demo");
+}
+
+#[test]
+fn a_rolled_back_pool_is_refused_for_ever_and_replaced() {
+    let mut cluster = Cluster::start("rolled-back");
+    let mut verify = load(&cluster, &[1]);
+    verify.progress(200, 60);
+    let pool = pool_file(&cluster, 2);
+    let copy = pool.with_extension("copy");
+    let copied = |from: &PathBuf, to: &PathBuf| {
+        run("cp", &["--sparse=always", &from.display().to_string(), &to.display().to_string()]);
+    };
+    cluster.kill(2);
+    copied(&pool, &copy);
+    cluster.restart(2);
+    verify.progress(200, 60);
+    cluster.kill(2);
+    copied(&copy, &pool);
+    // However often it starts: its boot counter passes the one that the cluster knows.
+    for _ in 0..4 {
+        cluster.start_node(2);
+        wait_refused(&cluster, 2);
+        cluster.kill(2);
+    }
+    let pools = cluster.ballastctl(1, &["pool", "list"]);
+    assert!(pools.contains("lost"), "{pools}");
+    let status = cluster.ballastctl(1, &["status"]);
+    assert!(status.contains("pool replace"), "{status}");
+    verify.progress(200, 60);
+
+    replace_pool(&mut cluster, 2, 1);
+    // The replacement counts: without it there would be no majority now.
+    cluster.move_leader("demo", 1);
+    cluster.kill(3);
+    verify.progress(200, 60);
+    cluster.restart(3);
+    verify.finish().assert_ok();
+    cluster.assert_replicas_are_equal();
+}
+
+/// What `ballast-inspect` says of the pool of a node that does not run: its exit code and places.
+fn inspect(cluster: &Cluster, id: u32, more: &[&str]) -> (i32, Vec<Value>) {
+    let program = scratch::program("ballast-inspect").display().to_string();
+    let pool = pool_file(cluster, id).display().to_string();
+    let answer = output(&program, &[&["-o", "json"], more, &[&pool]].concat());
+    let text = String::from_utf8_lossy(&answer.stdout);
+    let json: Value = serde_json::from_str(&text).unwrap_or_else(|error| {
+        panic!("{error}: {text}{}", String::from_utf8_lossy(&answer.stderr))
+    });
+    let places = json["places"].as_array().expect("a list").clone();
+    (answer.status.code().expect("it ended by itself"), places)
+}
+
+/// Damages the middle of what is given, for good measure in four bytes.
+fn damage(cluster: &Cluster, id: u32, place: &Value) {
+    let (offset, bytes) = (place["offset"].as_u64().unwrap(), place["bytes"].as_u64().unwrap());
+    // Headers are mostly empty at the end.
+    let at = offset + if bytes == 4096 { 16 } else { bytes / 2 / 4096 * 4096 + 16 };
+    let file = std::fs::File::options().read(true).write(true).open(pool_file(cluster, id));
+    let file = file.expect("the pool file is there");
+    let mut piece = [0; 4];
+    file.read_exact_at(&mut piece, at).expect("within the pool");
+    file.write_all_at(&piece.map(|byte| byte ^ 0x5a), at).expect("writable");
+    file.sync_all().expect("a file can be synced");
+}
+
+/// Ends a node in order: it leaves a checkpoint.
+fn stop(cluster: &mut Cluster, id: u32) {
+    let pid = cluster.node(id).pid;
+    cluster.signal(id, Signal::SIGTERM);
+    wait::until_true("the node ends", 60, || !process::is_alive(pid));
+    cluster.kill(id);
+}
+
+/// The family of `demo`: the first volume that was made.
+const DEMO: u64 = 1;
+
+/// Kills node 2 with some log behind its checkpoint, damages what `pick` chooses of the places
+/// found, starts it again, and waits until it is whole.
+fn with_damage(
+    cluster: &mut Cluster,
+    verify: &mut Verify,
+    leads: bool,
+    kind: &str,
+    pick: impl Fn(&[Value]) -> usize,
+) {
+    stop(cluster, 2);
+    cluster.restart(2);
+    cluster.wait_in_sync("demo");
+    // A vote in the log of node 2, whoever leads in the end.
+    cluster.move_leader("demo", 3);
+    cluster.move_leader("demo", if leads { 2 } else { 1 });
+    verify.progress(200, 60);
+    cluster.kill(2);
+    let (_, places) = inspect(cluster, 2, &["--places", "--payload"]);
+    let replicas: Vec<Value> = cluster
+        .replicas("demo")
+        .iter()
+        .filter(|replica| replica.node == 2)
+        .map(|replica| Value::from(replica.id))
+        .collect();
+    let ours = |place: &&Value| {
+        place["kind"] == kind && (place["family"] == DEMO || replicas.contains(&place["replica"]))
+    };
+    let of_pool = |place: &&Value| place["kind"] == kind && kind == "superblock";
+    let mut found: Vec<Value> =
+        places.iter().filter(|place| ours(place) || of_pool(place)).cloned().collect();
+    found.sort_by_key(|place| place["offset"].as_u64());
+    assert!(!found.is_empty(), "no {kind} among {} places", places.len());
+    damage(cluster, 2, &found[pick(&found).min(found.len() - 1)]);
+    cluster.restart(2);
+}
+
+fn middle(found: &[Value]) -> usize {
+    found.len() / 2
+}
+
+/// Every kind of damage that a node mends with what its peers have, on a node that led the volume
+/// when it was killed or that followed.
+fn mended(test: &str, leads: bool) {
+    let mut cluster = Cluster::start(test);
+    let mut verify = load(&cluster, &[1]);
+    verify.progress(500, 60);
+    let counted = |cluster: &Cluster, name: &str| {
+        wait::until_true(name, 60, || gauge(cluster, 2, name) > Some(0.0));
+    };
+
+    with_damage(&mut cluster, &mut verify, leads, "superblock", |_| 0);
+    counted(&cluster, "ballast_damaged_superblocks_total");
+    cluster.wait_in_sync("demo");
+
+    with_damage(&mut cluster, &mut verify, leads, "vote-slot", |_| 0);
+    counted(&cluster, "ballast_damaged_votes_total");
+    cluster.wait_in_sync("demo");
+
+    with_damage(&mut cluster, &mut verify, leads, "batch-header", middle);
+    counted(&cluster, "ballast_damaged_headers_total");
+    cluster.wait_in_sync("demo");
+
+    with_damage(&mut cluster, &mut verify, leads, "vote-batch", |_| 0);
+    counted(&cluster, "ballast_damaged_headers_total");
+    cluster.wait_in_sync("demo");
+
+    with_damage(&mut cluster, &mut verify, leads, "entry-not-covered", middle);
+    cluster.wait_in_sync("demo");
+
+    with_damage(&mut cluster, &mut verify, leads, "payload", middle);
+    cluster.wait_in_sync("demo");
+
+    // A page that lies under no directory: found when it is wanted.
+    with_damage(&mut cluster, &mut verify, leads, "map-page", |found| {
+        let inner = found.iter().position(|place| place["detail"] == "");
+        inner.expect("the map has pages")
+    });
+    cluster.wait_in_sync("demo");
+    verify.finish().assert_ok();
+    // Everything is read from the replica that was damaged; one that can't gets a successor.
+    cluster.assert_replicas_are_equal();
+    counted(&cluster, "ballast_damaged_pages_total");
+    cluster.wait_in_sync("demo");
+    cluster.assert_replicas_are_equal();
+    stop(&mut cluster, 2);
+    let (code, damaged) = inspect(&cluster, 2, &["--payload"]);
+    assert_eq!(code, 0, "right on disk afterwards: {damaged:#?}");
+}
+
+#[test]
+fn damage_on_a_follower_is_mended() {
+    mended("damage-follower", false);
+}
+
+#[test]
+fn damage_on_a_leader_is_mended() {
+    mended("damage-leader", true);
+}
+
+#[test]
+fn a_pool_beyond_mending_is_refused_and_replaced() {
+    let mut cluster = Cluster::start("damage-pool");
+    let mut verify = load(&cluster, &[1]);
+    verify.progress(500, 60);
+    for kind in ["checkpoint", "superblock"] {
+        stop(&mut cluster, 2);
+        let (_, places) = inspect(&cluster, 2, &["--places"]);
+        let found: Vec<&Value> = places.iter().filter(|place| place["kind"] == kind).collect();
+        assert!(!found.is_empty(), "no {kind}");
+        found.iter().for_each(|place| damage(&cluster, 2, place));
+        let program = scratch::program("ballastd").display().to_string();
+        let config = cluster.data().join("node-2/config.toml").display().to_string();
+        let refused = output(&program, &["run", "--config", &config]);
+        let text = [&refused.stdout[..], &refused.stderr[..]].concat();
+        let text = String::from_utf8_lossy(&text);
+        assert!(!refused.status.success() && !text.contains("panicked"), "{kind}: {text}");
+        assert!(text.contains("pool replace"), "{kind}: {text}");
+        verify.progress(100, 60);
+        replace_pool(&mut cluster, 2, 1);
+    }
+    verify.finish().assert_ok();
+    cluster.assert_replicas_are_equal();
+}

@@ -1,0 +1,112 @@
+//! Which pools take part (hazard F5): peers that are let in, and what a node does that is not.
+//!
+//! A pool whose contents went back in time is told by its boot counter and by its marks, by every
+//! peer that knows better and by the cluster group; it is lost then, whatever its counter is later.
+//! A refused node stops all its groups: it votes for nothing and serves nothing, but stays up and
+//! says why.
+
+use std::rc::Rc;
+
+use ballast_cluster::{Command, Past, Pool, PoolState};
+use ballast_env::Env;
+
+use crate::node::Inner;
+use crate::peers::links::{Identity, Refusal};
+
+const REMEDY: &str = "its replicas are lost; replace it: `ballastctl pool replace`";
+
+/// Refuses a peer whose pool is another than the cluster knows, or has gone back in time.
+pub(crate) fn admit<E: Env>(inner: &Rc<Inner<E>>, peer: &Identity) -> Result<(), Refusal> {
+    if let Some(reason) = &*inner.refused.borrow() {
+        return Err(format!("this node is refused itself: {reason}").into());
+    }
+    let known = known_pool(inner, peer)?;
+    if let Some(pool) = known {
+        if pool.state == PoolState::Lost {
+            let text = format!("pool {} is lost and never serves again; {REMEDY}", peer.pool);
+            return Err(Refusal { text, lost: true });
+        }
+        if pool.past_of(peer.boot, peer.incarnation, peer.marks) == Past::RolledBack {
+            declare_lost(inner, &pool);
+            let text = format!(
+                "pool {} was accepted with start {} and says {} now: it has been rolled back; \
+                 {REMEDY}",
+                peer.pool, pool.boot_counter, peer.boot
+            );
+            return Err(Refusal { text, lost: true });
+        }
+    }
+    let mut boots = inner.boots.borrow_mut();
+    if let Some(&(pool, boot, incarnation)) = boots.get(&peer.node)
+        && pool == peer.pool
+        && (boot > peer.boot || (boot == peer.boot && incarnation != peer.incarnation))
+    {
+        return Err(format!(
+            "pool {pool} was seen with start {boot}, now it says {} again: it has been rolled \
+             back; {REMEDY}",
+            peer.boot
+        )
+        .into());
+    }
+    boots.insert(peer.node, (peer.pool, peer.boot, peer.incarnation));
+    Ok(())
+}
+
+/// What this node knows of the peer's pool; a pool that the peer's node is not known by is refused,
+/// because it would bring a member of the cluster group that has forgotten everything.
+fn known_pool<E: Env>(inner: &Inner<E>, peer: &Identity) -> Result<Option<Pool>, Refusal> {
+    let state = inner.cluster.state();
+    if let Some(pool) = state.pools_on(peer.node).find(|pool| pool.id == peer.pool) {
+        return Ok(Some(*pool));
+    }
+    let Some(other) = state.pools_on(peer.node).last() else { return Ok(None) };
+    let expected = state
+        .node(peer.node)
+        .is_some_and(|node| node.replacing && node.cluster_member() == peer.member);
+    if expected {
+        return Ok(None);
+    }
+    let text = format!(
+        "pool {} is not the one that {} is known by ({}): if that one is lost, replace it: \
+         `ballastctl pool replace`, and format this one as it tells you",
+        peer.pool, peer.node, other.id
+    );
+    Err(text.into())
+}
+
+/// Makes the verdict the cluster's, so that everybody shows it; the peer can't say it itself.
+fn declare_lost<E: Env>(inner: &Rc<Inner<E>>, pool: &Pool) {
+    let (weak, pool) = (Rc::downgrade(inner), *pool);
+    inner.env.spawn(async move {
+        let Some(inner) = weak.upgrade() else { return };
+        let (id, space) = (pool.id, pool.space);
+        let lost = Command::ReportPool { pool: id, space, state: PoolState::Lost };
+        match inner.cluster.propose(&lost).await {
+            Ok(_) => tracing::error!(pool = %id, node = %pool.node, "pool was rolled back: lost"),
+            // It will try again, and be refused again.
+            Err(error) => tracing::debug!(pool = %id, %error, "loss of a pool not noted yet"),
+        }
+    });
+}
+
+/// The cluster does not take this node's pool, and never will: nothing of it may take part.
+pub(crate) fn refused<E: Env>(inner: &Rc<Inner<E>>, reason: &str) {
+    if inner.refused.borrow().is_some() {
+        return;
+    }
+    tracing::error!(node = %inner.config.node, pool = %inner.links.identity().pool, reason,
+        "REFUSED: this node's pool is lost; it votes for nothing and serves nothing");
+    *inner.refused.borrow_mut() = Some(reason.to_owned());
+    inner.announced.set(false);
+    inner.stopping.send_replace(true);
+    let inner = inner.clone();
+    let env = inner.env.clone();
+    env.spawn(async move {
+        inner.links.hang_up();
+        let families = std::mem::take(&mut *inner.families.borrow_mut());
+        for family in families.values() {
+            family.stop().await;
+        }
+        inner.cluster.group().stop().await;
+    });
+}
