@@ -228,10 +228,11 @@ impl<F: File + 'static> Surveyor<F> {
             places.push(found(kind, packed.place.offset(), bytes, whole, detail));
         }
         if family != FamilyId::CLUSTER {
+            // A page begins with its checksum.
             let pages = crate::map::pages_of(&saved.map).map_err(|e| refused(e.to_owned()))?;
             for (at, crc) in pages {
                 let bytes = self.read(at.offset, at.length as usize).await;
-                let whole = bytes.is_some_and(|bytes| crc32(&bytes[..at.length as usize]) == crc);
+                let whole = bytes.is_some_and(|bytes| crc32(&bytes[4..at.length as usize]) == crc);
                 let detail = "directory or changes".to_owned();
                 places.push(found(Kind::MapPage, at.offset, at.length.into(), whole, detail));
             }
