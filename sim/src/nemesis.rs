@@ -179,7 +179,7 @@ impl<S: System> Nemesis<S> {
                 machine.stop();
                 self.world.after_ms(duration, move |_| machine.resume());
             }
-            Fault::CutOneWay => self.cut(&[(node, self.other(node))], duration),
+            Fault::CutOneWay => self.cut(&self.one_way(node), duration),
             Fault::Isolate => {
                 let others = self.nodes.iter().chain(&self.hosts).filter(|other| **other != node);
                 let all = others.flat_map(|other| [(node, *other), (*other, node)]);
@@ -289,6 +289,17 @@ impl<S: System> Nemesis<S> {
                     start_if_down(&self.system, &self.world, *node);
                 }
             }
+        }
+    }
+
+    /// A direction from `node` to another machine; or all from it to the other nodes, or all to it,
+    /// while hosts hear it and are heard.
+    fn one_way(&self, node: NodeId) -> Vec<(NodeId, NodeId)> {
+        let others = self.nodes.iter().copied().filter(|other| *other != node);
+        match self.rng.below(3) {
+            0 => others.map(|other| (node, other)).collect(),
+            1 => others.map(|other| (other, node)).collect(),
+            _ => vec![(node, self.other(node))],
         }
     }
 
