@@ -30,6 +30,12 @@ WORKS = {
     "r128k-seq": (["--rw=read", "--bs=128k", "--iodepth=8"], False),
 }
 
+# The work whose time is told by step.
+SPLIT_WORK = "w4k-qd1"
+
+# Volumes without a client are asleep by then, in seconds.
+ASLEEP_AFTER = 20
+
 COLUMNS = [
     "target", "work", "round", "iops", "mb_s", "mean_us", "p50_us", "p99_us", "flush_mean_us",
     "client_us_per_io", "server_us_per_io", "server_us_by_process", "server_rss_mib",
@@ -145,10 +151,22 @@ def one_run(target, work, round_number, arguments, base_us):
 
 
 def fill(target, size_mib):
-    """Every block is written once, so that reads find data and writes allocate nothing new."""
+    """Every block is written, so that reads find data and writes allocate nothing new."""
     log(f"filling {target.name}")
-    fio(["--name=fill", *target.fio_options(), "--rw=write", "--bs=1m", "--iodepth=8",
-         f"--size={size_mib}m"])
+    for _ in range(target.fills):
+        fio(["--name=fill", *target.fio_options(), "--rw=write", "--bs=1m", "--iodepth=8",
+             f"--size={size_mib}m"])
+
+
+def split_between(before, after):
+    """Mean time of each step in us, and how often it was taken."""
+    split = {}
+    for step, (seconds, times) in after.items():
+        old_seconds, old_times = before.get(step, (0.0, 0.0))
+        if times > old_times:
+            mean = (seconds - old_seconds) / (times - old_times) * 1e6
+            split[step] = {"us": round(mean, 1), "times": int(times - old_times)}
+    return split
 
 
 def idle(target, seconds):
@@ -164,27 +182,31 @@ def idle(target, seconds):
 def arguments_from(words):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=int, default=6, help="of each fio run")
-    parser.add_argument("--size-mib", type=int, default=2048, help="region used on each target")
+    parser.add_argument("--seconds", type=int, default=3, help="of each fio run")
+    parser.add_argument("--size-mib", type=int, default=1024, help="region used on each target")
     parser.add_argument("--targets", default="raw,nbdkit,qemu-nbd,ceph,ours")
     parser.add_argument("--works", default=",".join(WORKS))
     parser.add_argument("--work-dir", type=Path, default=Path("/var/tmp/ballast-bench"))
     parser.add_argument("--out", type=Path, default=HERE / "results", help="CSV, tables and plot")
-    parser.add_argument("--quiet", type=int, default=20, help="longest wait for quiet, in seconds")
-    parser.add_argument("--idle-seconds", type=int, default=30, help="0 leaves the idle row out")
+    parser.add_argument("--quiet", type=int, default=2, help="longest wait for quiet, in seconds")
+    parser.add_argument("--idle-seconds", type=int, default=20, help="0 leaves the idle row out")
     parser.add_argument("--idle-volumes", type=int, default=100)
     parser.add_argument("--binaries", type=Path, default=HERE.parent / "target" / "release")
     return parser.parse_args(words)
 
 
-def measure(arguments, running, writer, flush):
+def measure(arguments, running, writer, flush, splits):
     base_us = fio_base_us()
     for round_number in range(1, arguments.rounds + 1):
         for work in arguments.works.split(","):
             for target in running:
+                before = target.stage_totals()
                 row = one_run(target, work, round_number, arguments, base_us)
                 writer.writerow(row)
                 flush()
+                split = split_between(before, target.stage_totals())
+                if split and work == SPLIT_WORK:
+                    splits.append(split)
                 log(f"{target.name:9} {work:14} round {round_number}: {row['iops']} IOPS, "
                     f"{row['mean_us']} us, server {row['server_us_per_io']} us per I/O")
 
@@ -194,7 +216,7 @@ def main():
     arguments.out.mkdir(parents=True, exist_ok=True)
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
     running = []
-    facts = {"idle": {}, "seconds": arguments.seconds, "rounds": arguments.rounds}
+    facts = {"idle": {}, "split": [], "seconds": arguments.seconds, "rounds": arguments.rounds}
     try:
         for name in arguments.targets.split(","):
             log(f"starting {name}")
@@ -205,11 +227,12 @@ def main():
         with (arguments.out / "speed.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
-            measure(arguments, running, writer, file.flush)
+            measure(arguments, running, writer, file.flush, facts["split"])
         for target in running:
             if target.name == "ours" and arguments.idle_seconds:
+                log(f"creating {arguments.idle_volumes} volumes")
                 target.create_idle_volumes(arguments.idle_volumes)
-                settle(arguments.quiet)
+                time.sleep(ASLEEP_AFTER)
                 facts["idle"] = idle(target, arguments.idle_seconds)
     finally:
         for target in running:

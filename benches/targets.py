@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import time
+import urllib.request
 import uuid
 from pathlib import Path
 
@@ -53,6 +54,8 @@ class Target:
     """A thing under test. `engine_is_file`: fio opens a file, and fdatasync is its flush."""
 
     engine_is_file = False
+    # How often the region is written before it is measured.
+    fills = 1
 
     def __init__(self, name, arguments):
         self.name = name
@@ -73,6 +76,10 @@ class Target:
     def pids(self):
         """The processes whose CPU and memory count as the server's."""
         return {name: process.pid for name, process in self.processes.items()}
+
+    def stage_totals(self):
+        """Where it counts the time of its steps: name to (seconds, times) so far."""
+        return {}
 
     def stop(self):
         for process in reversed(self.processes.values()):
@@ -232,13 +239,20 @@ class Ceph(Target):
 
 
 class Ours(Target):
-    """Ballast: three nodes, three replicas, through NBD on one of them, which then leads."""
+    """Ballast: three nodes, three replicas, through NBD on one of them, which then leads.
+
+    The pools are eight times as large as the volume, and all of each is written before anything is
+    measured, as Ceph's are: the file system has then nothing left to allocate.
+    """
+
+    fills = 9
 
     def start(self):
         super().start()
         self.data = self.folder / "data"
         self.spawn("dev", [str(self.arguments.binaries / "ballastd"), "dev",
                            "--data", str(self.data), "--nodes", "3",
+                           "--pool-size", f"{self.arguments.size_mib * 8}MiB",
                            "--volume", f"vol={self.arguments.size_mib}MiB"])
         wait_for("three nodes", 60, lambda: len(self.nodes()) == 3)
         self.uri = self.nodes()[0]["nbd"].rstrip("/") + "/vol"
@@ -259,6 +273,23 @@ class Ours(Target):
 
     def pids(self):
         return {f"node{node['id']}": node["pid"] for node in self.nodes()}
+
+    def stage_totals(self):
+        totals = {}
+        for node in self.nodes():
+            with urllib.request.urlopen(node["metrics"], timeout=10) as answer:
+                lines = answer.read().decode().splitlines()
+            for line in lines:
+                name, _, value = line.rpartition(" ")
+                for kind in ("_sum{", "_count{"):
+                    metric, _, labels = name.partition(kind)
+                    if labels and metric in ("ballast_stage_seconds", "ballast_command_seconds"):
+                        step = labels.split('"')[1]
+                        if metric == "ballast_command_seconds":
+                            step = f"command {step}"
+                        pair = totals.setdefault(f"node{node['id']} {step}", [0.0, 0.0])
+                        pair[kind == "_count{"] = float(value)
+        return totals
 
     def create_idle_volumes(self, count):
         endpoint = self.nodes()[0]["grpc"]

@@ -26,6 +26,7 @@ use clap::Parser;
 use crate::cli::{Cli, Command};
 
 fn main() -> ExitCode {
+    ballast_env::linux::keep_memory();
     let result = match Cli::parse().command {
         Command::Run(arguments) => run::run(&arguments),
         Command::Format(arguments) => format::run(&arguments),

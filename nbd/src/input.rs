@@ -6,8 +6,10 @@ use ballast_block::limits::NBD_OPTION_BYTES_MAX;
 
 use crate::wire::OPTION_HEADER_BYTES;
 
-/// Room for one option's header and data.
-pub(crate) const INPUT_BYTES: usize = OPTION_HEADER_BYTES + NBD_OPTION_BYTES_MAX;
+/// Room for one option's header and data, and for many small requests.
+pub(crate) const INPUT_BYTES: usize = 64 << 10;
+
+const _: () = assert!(INPUT_BYTES >= OPTION_HEADER_BYTES + NBD_OPTION_BYTES_MAX);
 
 pub(crate) struct Input {
     memory: Box<[u8]>,

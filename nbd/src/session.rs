@@ -16,9 +16,9 @@ use crate::io_command::{self, Action, Negotiated, Refusal, Reply};
 use crate::reply::{Replier, ReplyQueue, errno_of};
 use crate::wire::{Errno, REQUEST_BYTES, Request, command};
 
-/// Bytes read ahead while no payload is expected: many small requests in one read. What arrives
-/// of a payload this way is copied, so it is not more than one block.
-const READ_AHEAD_BYTES: usize = 4096;
+/// Payload that is read ahead with the headers around it, many requests in one system call. What
+/// arrives this way is copied, which for up to so many bytes is cheaper than a call for each.
+const READ_AHEAD_PAYLOAD_BYTES: usize = 16 << 10;
 
 /// The server's side of one NBD connection.
 ///
@@ -252,8 +252,9 @@ struct Transmission {
     replier: Replier,
     receiving: Receiving,
     in_flight: InFlight,
-    /// A client that writes goes on writing: then only the next header is read ahead.
-    last_was_write: bool,
+    /// Payload of the last request, in bytes: a client that sends large ones goes on doing so, and
+    /// then only the next header is read ahead.
+    last_payload: usize,
 }
 
 /// The request at the front of the input, from its first byte until it is a command in flight.
@@ -279,7 +280,7 @@ impl Transmission {
             replier: Replier { structured: negotiated.structured },
             receiving: Receiving::Header,
             in_flight: InFlight::default(),
-            last_was_write: false,
+            last_payload: 0,
         }
     }
 
@@ -334,8 +335,9 @@ impl Transmission {
     ) -> Result<(), SessionError> {
         let request =
             Request::decode(bytes).map_err(|found| SessionError::BadRequestMagic { found })?;
-        self.last_was_write = request.command == command::WRITE;
-        let payload = if self.last_was_write { request.length as usize } else { 0 };
+        let is_write = request.command == command::WRITE;
+        let payload = if is_write { request.length as usize } else { 0 };
+        self.last_payload = payload;
         if payload > NBD_REQUEST_BYTES_MAX {
             return Err(SessionError::WriteTooLarge { length: request.length });
         }
@@ -395,7 +397,8 @@ impl Transmission {
     fn want<'a>(&'a mut self, input: &'a mut Input, replies: &ReplyQueue) -> Want<'a> {
         match &mut self.receiving {
             Receiving::Header if self.in_flight.has_room(0, replies) => {
-                let limit = if self.last_was_write { REQUEST_BYTES } else { READ_AHEAD_BYTES };
+                let small = self.last_payload <= READ_AHEAD_PAYLOAD_BYTES;
+                let limit = if small { INPUT_BYTES } else { REQUEST_BYTES };
                 non_empty(input.space(limit), &mut [])
             }
             Receiving::Payload { buffer, filled, .. } => {

@@ -21,7 +21,7 @@ const CLUSTER_GROUP: &str = "(cluster group)";
 
 const HISTOGRAMS: [(&str, &str); 2] = [
     ("ballast_command_seconds", "From a host's command to its answer, on the serving node."),
-    ("ballast_stage_seconds", "Stages of writes and reads on the leading node."),
+    ("ballast_stage_seconds", "Stages of writes and reads, most on the leading node."),
 ];
 
 const COUNTERS: [(&str, &str); 19] = [

@@ -50,6 +50,11 @@ pub fn pieces(range: ByteRange) -> impl Iterator<Item = ByteRange> {
     })
 }
 
+/// Whether [`pieces`] leaves `range` whole, as it does with nearly all of what hosts ask.
+pub fn is_one_piece(range: ByteRange) -> bool {
+    pieces(range).next() == Some(range)
+}
+
 /// A trim (or a write of zeroes) of `range`: whole blocks unmapped, the rest zeroed.
 pub fn trim(range: ByteRange) -> Vec<Operation> {
     let first = range.offset.div_ceil(BLOCK_SIZE_U64);

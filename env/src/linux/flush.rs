@@ -1,7 +1,8 @@
 //! Group flush: one fdatasync for all writes of a file that were waiting for it. Write path: step 5.
 //!
 //! Owns which writes are waiting, and for which flush. Used where RWF_DSYNC is slow (see
-//! [`SyncBy`]). A write is durable when a flush that began after it was complete has succeeded.
+//! [`SyncBy`]). A write that is alone has its flush chained to it by the ring and comes here only if
+//! that is put off. A write is durable when a flush that began after it was complete has succeeded.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -43,9 +44,19 @@ struct File {
 
 impl File {
     fn entry(&self) -> squeue::Entry {
-        let fd = types::Fd(self.handle.as_raw_fd());
-        opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build()
+        entry(&self.handle)
     }
+}
+
+/// A flush of a file.
+pub(super) fn entry(handle: &Handle) -> squeue::Entry {
+    let fd = types::Fd(handle.as_raw_fd());
+    opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build()
+}
+
+/// Whether the kernel wants to be asked again.
+pub(super) fn is_put_off(result: i32) -> bool {
+    matches!(-result, libc::EINTR | libc::EAGAIN)
 }
 
 /// What a flush's completion means.
@@ -88,7 +99,7 @@ impl Flushes {
     pub(super) fn complete(&mut self, number: usize, result: i32) -> Flushed {
         let place = &mut self.files[number];
         let file = place.as_mut().expect("a flush in flight keeps its file");
-        if matches!(-result, libc::EINTR | libc::EAGAIN) && file.put_off < RING_PUT_OFF_MAX {
+        if is_put_off(result) && file.put_off < RING_PUT_OFF_MAX {
             file.put_off += 1;
             return Flushed::Again(file.entry());
         }

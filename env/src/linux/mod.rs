@@ -13,6 +13,7 @@ mod clock;
 mod disk;
 mod entropy;
 mod flush;
+mod memory;
 mod network;
 mod open;
 mod operation;
@@ -25,6 +26,7 @@ use std::rc::Rc;
 
 pub use disk::LinuxFile;
 pub use flush::SyncBy;
+pub use memory::keep_memory;
 pub use network::{LinuxListener, LinuxStream};
 pub use open::OpenError;
 

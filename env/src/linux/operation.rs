@@ -70,6 +70,22 @@ impl Operation {
         &self.file
     }
 
+    /// Whether a flush of its file must follow.
+    pub(super) fn is_flushed_write(&self) -> bool {
+        matches!(self.work, Work::Write { .. }) && self.file.flushes()
+    }
+
+    /// Whether one entry asks for all of it.
+    pub(super) fn is_one_entry(&self) -> bool {
+        match &self.work {
+            Work::Write { parts, .. } => {
+                parts.len() <= VECTORS_MAX && total(parts) <= TRANSFER_MAX as u64
+            }
+            Work::Read(buffer) => buffer.len() <= TRANSFER_MAX,
+            Work::Punch(_) => true,
+        }
+    }
+
     /// The buffer of a read.
     pub(super) fn into_buffer(self) -> AlignedBuf {
         match self.work {
@@ -128,8 +144,7 @@ impl Operation {
             Work::Punch(_) => return Step::Done(Ok(())),
         };
         if self.done == length {
-            let flush = matches!(self.work, Work::Write { .. }) && self.file.flushes();
-            return if flush { Step::Flush } else { Step::Done(Ok(())) };
+            return if self.is_flushed_write() { Step::Flush } else { Step::Done(Ok(())) };
         }
         // The rest of a file's last sector can't be transferred directly.
         if result == 0 || !self.done.is_multiple_of(SECTOR) {
@@ -148,8 +163,9 @@ pub(super) fn total(parts: &[Bytes]) -> u64 {
 }
 
 /// The kernel moves at most this much with one call.
+const TRANSFER_MAX: usize = 0x7fff_f000;
+
 fn clamp(length: usize) -> u32 {
-    const TRANSFER_MAX: usize = 0x7fff_f000;
     length.min(TRANSFER_MAX) as u32
 }
 

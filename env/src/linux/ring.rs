@@ -43,6 +43,10 @@ struct State {
     in_flight: Vec<Option<InFlight>>,
     free: Vec<usize>,
     flushes: Flushes,
+    /// Whether the kernel reports a chain of write and flush as one completion (5.17).
+    chains: bool,
+    /// Writes in flight that a flush follows.
+    flushed_writes: usize,
     /// Of the driver task.
     driver: Option<Waker>,
 }
@@ -61,10 +65,14 @@ type Ended = (oneshot::Sender<Finished>, Finished);
 /// In `user_data`: the completion of a flush, by its number, not of an operation by its slot.
 const FLUSH: u64 = 1 << 63;
 
+/// In `user_data`: the completion of the flush that was chained to the write in that slot.
+const CHAINED: u64 = 1 << 62;
+
 impl Ring {
     /// Sets the ring up and starts its driver task on this thread.
     pub(super) fn start() -> io::Result<Rc<Self>> {
         let uring = build()?;
+        let chains = uring.params().is_feature_skip_cqe_on_success();
         let ring = Rc::new(Self {
             fd: uring.as_raw_fd(),
             state: RefCell::new(State {
@@ -72,9 +80,12 @@ impl Ring {
                 in_flight: Vec::new(),
                 free: Vec::new(),
                 flushes: Flushes::default(),
+                chains,
+                flushed_writes: 0,
                 driver: None,
             }),
-            permits: Arc::new(Semaphore::new(RING_OPERATIONS_MAX as usize)),
+            // One entry is left for the flush that is chained to a write.
+            permits: Arc::new(Semaphore::new(RING_OPERATIONS_MAX as usize - 1)),
         });
         // SAFETY: `Polled` holds the ring, and the ring keeps its fd open.
         let polled =
@@ -134,8 +145,29 @@ impl State {
             self.in_flight.push(None);
             self.in_flight.len() - 1
         });
+        let flushed = started.operation.is_flushed_write();
+        let whole = started.operation.is_one_entry();
         self.in_flight[slot] = Some(started);
-        self.push(slot);
+        self.flushed_writes += usize::from(flushed);
+        // Alone, it shares its flush with no other: then both go to the kernel at once.
+        if flushed && whole && self.chains && self.flushed_writes == 1 {
+            self.push_chain(slot);
+        } else {
+            self.push(slot);
+        }
+    }
+
+    /// A write and its flush: one completion for both, or one for the write if that fails.
+    fn push_chain(&mut self, slot: usize) {
+        let started = self.in_flight[slot].as_mut().expect("the slot is in use");
+        let flags = squeue::Flags::IO_LINK | squeue::Flags::SKIP_SUCCESS;
+        let write = started.operation.entry().user_data(slot as u64).flags(flags);
+        let flush = flush::entry(started.operation.file()).user_data(CHAINED | slot as u64);
+        // SAFETY: as in `push`; the flush has no memory, and the operation keeps its file.
+        unsafe {
+            self.queue(&write);
+            self.queue(&flush);
+        }
     }
 
     fn push(&mut self, slot: usize) {
@@ -197,8 +229,18 @@ impl State {
                 self.flushed((data ^ FLUSH) as usize, result, ended);
                 continue;
             }
-            let slot = data as usize;
+            let slot = (data & !CHAINED) as usize;
             let started = self.in_flight[slot].as_mut().expect("completed once");
+            if data & CHAINED != 0 {
+                match result {
+                    0 => self.end(slot, Ok(()), ended),
+                    _ if flush::is_put_off(result) => {
+                        self.flushes.add(started.operation.file(), slot);
+                    }
+                    _ => self.end(slot, flush::result(Some(-result)), ended),
+                }
+                continue;
+            }
             match started.operation.advance(result) {
                 Step::Again => self.push(slot),
                 Step::Flush => self.flushes.add(started.operation.file(), slot),
@@ -225,6 +267,7 @@ impl State {
         let InFlight { operation, caller, _permit } =
             self.in_flight[slot].take().expect("ends once");
         self.free.push(slot);
+        self.flushed_writes -= usize::from(operation.is_flushed_write());
         ended.push((caller, (result, operation)));
     }
 }

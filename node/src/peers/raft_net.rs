@@ -5,7 +5,7 @@
 //! too much waits, gets an error: that is what releases the purge of the log (hazard F8).
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
 use std::rc::Rc;
 use std::time::Duration;
@@ -15,12 +15,13 @@ use ballast_env::Env;
 use ballast_env::clock::Instant;
 use ballast_env::spawn::OwnedTask;
 use ballast_raft_store::replica::Pin;
-use ballast_raft_store::types::{Member, TypeConfig, Vote};
+use ballast_raft_store::types::{LogId, Member, TypeConfig, Vote};
 use ballast_volume::snapshot::GroupSnapshot;
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
 use futures_util::stream::LocalBoxStream;
 use futures_util::{Stream, StreamExt};
+use metrics::Histogram;
 use openraft::errors::{RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
 use openraft::raft::{
@@ -39,6 +40,11 @@ use crate::calls::{OfferV1, Tag};
 /// Longest wait for an answer on a stream that has one outstanding. A dead or stopped peer is
 /// noticed earlier, by its silence; this is for one whose disk hangs.
 const STREAM_PROGRESS_MAX: Duration = Duration::from_secs(10);
+
+/// Longest that news of a commit waits for entries to travel with. Only followers learn of it, who
+/// apply a little later: a frame of its own would cost each of them, and this node, as much as an
+/// entry.
+const COMMIT_HOLD: Duration = Duration::from_millis(5);
 
 /// Longest wait for the answer to a vote: a campaign is over by then.
 const VOTE_MAX: Duration = Duration::from_secs(1);
@@ -261,6 +267,51 @@ impl<E: Env> RaftNetworkV2<TypeConfig> for RaftClient<E> {
     }
 }
 
+/// The requests of a stream, without those that only tell a commit which the next one tells, too.
+///
+/// openraft matches answers to requests by log id alone, so one that is never sent lacks no answer.
+struct Requests<'a, S> {
+    input: &'a mut S,
+    held: Option<AppendEntriesRequest<TypeConfig>>,
+    /// The last entry sent: what repeats it is no probe for the follower's log.
+    last: Option<LogId>,
+    /// Started with the first that is held, and again only after its end: to start a timer costs a
+    /// system call, so not each one held has its own.
+    timer: Option<LocalBoxFuture<'static, ()>>,
+}
+
+impl<S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Unpin> Requests<'_, S> {
+    async fn next<E: Env>(&mut self, clock: &E) -> Option<AppendEntriesRequest<TypeConfig>> {
+        loop {
+            let request = if self.held.is_some() {
+                let timer = self.timer.get_or_insert_with(|| Box::pin(clock.sleep(COMMIT_HOLD)));
+                tokio::select! {
+                    biased;
+                    request = self.input.next() => request,
+                    () = timer => {
+                        self.timer = None;
+                        return self.held.take();
+                    }
+                }
+            } else {
+                self.input.next().await
+            };
+            // What comes later in a stream tells at least as much: it takes the place of what waits.
+            let Some(request) = request else { return self.held.take() };
+            self.held = None;
+            match request.entries.last() {
+                Some(entry) => self.last = Some(entry.log_id),
+                None if self.last.is_some() && self.last == request.prev_log_id => {
+                    self.held = Some(request);
+                    continue;
+                }
+                None => {}
+            }
+            return Some(request);
+        }
+    }
+}
+
 /// One running stream: a task sends, answers arrive in order.
 struct OpenStream<E: Env> {
     env: E,
@@ -273,6 +324,9 @@ struct OpenStream<E: Env> {
 }
 
 struct Progress {
+    /// When the frames without an answer were queued, oldest first.
+    unanswered: RefCell<VecDeque<Instant>>,
+    round_trip: Histogram,
     sent: Cell<u64>,
     answered: Cell<u64>,
     ended: Cell<bool>,
@@ -290,6 +344,8 @@ impl<E: Env> OpenStream<E> {
         let (id, replies) = connection.open_stream();
         let env = client.env.clone();
         let progress = Rc::new(Progress {
+            unanswered: RefCell::default(),
+            round_trip: metrics::histogram!("ballast_stage_seconds", "stage" => "follower"),
             sent: Cell::new(0),
             answered: Cell::new(0),
             ended: Cell::new(false),
@@ -300,11 +356,14 @@ impl<E: Env> OpenStream<E> {
         let template = client.frame(Kind::Append, id, Bytes::new());
         let (shared, clock, out) = (progress.clone(), env.clone(), connection.clone());
         let sending = async move {
-            while let Some(request) = input.next().await {
+            let mut requests = Requests { input: &mut input, held: None, last: None, timer: None };
+            while let Some(request) = requests.next(&clock).await {
                 let (body, payload) = codec::encode_append(&request);
+                let now = clock.now();
                 if shared.sent.get() == shared.answered.get() {
-                    shared.since.set(clock.now());
+                    shared.since.set(now);
                 }
+                shared.unanswered.borrow_mut().push_back(now);
                 shared.sent.set(shared.sent.get() + 1);
                 let frame = Frame { body, payload, ..template.clone() };
                 // In turn: a follower that catches up is as slow as its disk, and no reason to start
@@ -355,7 +414,11 @@ impl<E: Env> OpenStream<E> {
         let reply = reply.unwrap_or(Err(PeerError::ConnectionEnded));
         let reply = reply.map_err(|error| unreachable(&error))?;
         self.progress.answered.set(self.progress.answered.get() + 1);
-        self.progress.since.set(self.env.now());
+        let now = self.env.now();
+        self.progress.since.set(now);
+        if let Some(queued) = self.progress.unanswered.borrow_mut().pop_front() {
+            self.progress.round_trip.record(now.since(queued).as_secs_f64());
+        }
         codec::decode_append_reply(&reply.body).map_err(undecodable)
     }
 }

@@ -15,7 +15,7 @@ use ballast_block::limits::PEER_FRAME_BYTES_MAX;
 use ballast_block::{FamilyId, ReplicaId};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, BufReader};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 
 /// The version of the frames that this program speaks.
 pub const WIRE_VERSION: u8 = 1;
@@ -25,8 +25,9 @@ pub const HEADER_BYTES: usize = 56;
 
 const MAGIC: u16 = 0x4c42;
 
-/// Read buffer of a peer connection, in bytes: small frames arrive many at a time.
-const READ_BUFFER_BYTES: usize = 64 << 10;
+/// Read buffer of a peer connection, in bytes: small frames arrive many at a time. What it holds of
+/// a payload is copied, so it is not larger.
+const READ_BUFFER_BYTES: usize = 16 << 10;
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -136,14 +137,47 @@ pub enum ReadFrameError {
 
 /// Reads frames.
 pub struct FrameReader<R> {
-    inner: BufReader<R>,
+    inner: R,
     pool: BufferPool,
+    /// `ahead[start..end]` is received and not taken.
+    ahead: Box<[u8]>,
+    start: usize,
+    end: usize,
 }
 
 impl<R: AsyncRead + Unpin> FrameReader<R> {
     /// Over one half of a connection; payload memory comes from `pool`.
     pub fn new(inner: R, pool: BufferPool) -> Self {
-        Self { inner: BufReader::with_capacity(READ_BUFFER_BYTES, inner), pool }
+        Self { inner, pool, ahead: vec![0; READ_BUFFER_BYTES].into(), start: 0, end: 0 }
+    }
+
+    /// Fills `target`. Where much is missing it is read in place, else along with what follows.
+    async fn fill(&mut self, target: &mut [u8]) -> std::io::Result<()> {
+        let mut filled = 0;
+        loop {
+            let step = (target.len() - filled).min(self.end - self.start);
+            let ready = &self.ahead[self.start..self.start + step];
+            target[filled..filled + step].copy_from_slice(ready);
+            filled += step;
+            self.start += step;
+            let rest = &mut target[filled..];
+            if rest.is_empty() {
+                return Ok(());
+            }
+            let in_place = rest.len() >= READ_BUFFER_BYTES / 2;
+            let count = match in_place {
+                true => self.inner.read(rest).await?,
+                false => self.inner.read(&mut self.ahead).await?,
+            };
+            if count == 0 {
+                return Err(std::io::ErrorKind::UnexpectedEof.into());
+            }
+            if in_place {
+                filled += count;
+            } else {
+                (self.start, self.end) = (0, count);
+            }
+        }
     }
 
     /// The next frame. Not cancel-safe: a caller that drops it drops the connection.
@@ -152,7 +186,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     /// [`ReadFrameError`]; the connection is of no further use.
     pub async fn next(&mut self) -> Result<Frame, ReadFrameError> {
         let mut fixed = [0; HEADER_BYTES];
-        self.inner.read_exact(&mut fixed).await?;
+        self.fill(&mut fixed).await?;
         let crc_at = HEADER_BYTES - 4;
         if crc32(&fixed[..crc_at]).to_le_bytes() != fixed[crc_at..] {
             return Err(ReadFrameError::FrameDamaged("header checksum"));
@@ -179,14 +213,14 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         let from = ReplicaId(input.get_u64_le());
         let to = ReplicaId(input.get_u64_le());
         let mut body = vec![0; body_len];
-        self.inner.read_exact(&mut body).await?;
+        self.fill(&mut body).await?;
         if crc32(&body) != body_crc {
             return Err(ReadFrameError::FrameDamaged("body checksum"));
         }
         let mut payload = Vec::new();
         if payload_len > 0 {
             let mut buffer = self.pool.get(payload_len);
-            self.inner.read_exact(&mut buffer).await?;
+            self.fill(&mut buffer).await?;
             payload.push(buffer.freeze());
         }
         Ok(Frame { kind, id, family, from, to, body: body.into(), payload })

@@ -356,6 +356,8 @@ impl<E: Env> Shared<E> {
 /// The writer of one stream.
 async fn write_all<E: Env>(shared: Rc<Shared<E>>, id: StreamId) {
     let stream = shared.stream(id);
+    let took = (id == StreamId::Hot)
+        .then(|| metrics::histogram!("ballast_stage_seconds", "stage" => "disk"));
     // A proof for what recovery accepted, too: the first write after an open names it.
     let mut unproven = false;
     while shared.check_failed().is_ok() {
@@ -365,8 +367,12 @@ async fn write_all<E: Env>(shared: Rc<Shared<E>>, id: StreamId) {
             continue;
         };
         let DiskWrite { place, parts, last, is_seal, .. } = write;
+        let start = shared.env.now();
         if shared.write(&id.to_string(), place, parts).await.is_err() {
             return;
+        }
+        if let Some(took) = &took {
+            took.record(shared.env.now().since(start).as_secs_f64());
         }
         unproven = id == StreamId::Hot && !is_seal;
         let callbacks = stream.queue.borrow_mut().written(last);
