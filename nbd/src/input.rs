@@ -6,10 +6,13 @@ use ballast_block::limits::NBD_OPTION_BYTES_MAX;
 
 use crate::wire::OPTION_HEADER_BYTES;
 
-/// Room for one option's header and data, and for many small requests.
+/// Room for many small requests.
 pub(crate) const INPUT_BYTES: usize = 64 << 10;
 
-const _: () = assert!(INPUT_BYTES >= OPTION_HEADER_BYTES + NBD_OPTION_BYTES_MAX);
+/// One option's header and data: more is not read ahead of the answers during the handshake.
+pub(crate) const HANDSHAKE_INPUT_BYTES: usize = OPTION_HEADER_BYTES + NBD_OPTION_BYTES_MAX;
+
+const _: () = assert!(INPUT_BYTES >= HANDSHAKE_INPUT_BYTES);
 
 pub(crate) struct Input {
     memory: Box<[u8]>,

@@ -11,7 +11,7 @@ use crate::error::SessionError;
 use crate::export::{ExportInfo, ListExportsError, OpenExport, OpenExportError};
 use crate::handshake::{Handshake, Question, Step};
 use crate::in_flight::{CommandId, InFlight};
-use crate::input::{INPUT_BYTES, Input};
+use crate::input::{HANDSHAKE_INPUT_BYTES, INPUT_BYTES, Input};
 use crate::io_command::{self, Action, Negotiated, Refusal, Reply};
 use crate::reply::{Replier, ReplyQueue, errno_of};
 use crate::wire::{Errno, REQUEST_BYTES, Request, command};
@@ -142,7 +142,7 @@ impl Session {
         match &mut self.phase {
             Phase::Handshake(handshake) => {
                 let room = self.replies.remaining() <= NBD_HANDSHAKE_REPLY_BYTES_MAX;
-                let first = self.input.space(INPUT_BYTES);
+                let first = self.input.space(HANDSHAKE_INPUT_BYTES);
                 if handshake.wants_input() && room && !first.is_empty() {
                     Want::Read { first, then: &mut [] }
                 } else {

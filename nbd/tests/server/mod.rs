@@ -207,7 +207,8 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Commands are completed last first, so that clients see replies out of order.
+    /// Commands run in the order of arrival (fio has a trim and a write of one block in flight at
+    /// once), and are completed last first, so that clients see replies out of order.
     fn take_events(&mut self, session: &mut Session) -> Result<(), ballast_nbd::SessionError> {
         let mut commands = Vec::new();
         while let Some(event) = session.next_event()? {
@@ -218,8 +219,10 @@ impl<'a> Connection<'a> {
                 Event::Command { id, command } => commands.push((id, command)),
             }
         }
-        for (id, command) in commands.into_iter().rev() {
-            session.complete(id, self.shared.volume.run(command));
+        let run = |(id, command)| (id, self.shared.volume.run(command));
+        let results: Vec<_> = commands.into_iter().map(run).collect();
+        for (id, result) in results.into_iter().rev() {
+            session.complete(id, result);
         }
         Ok(())
     }
