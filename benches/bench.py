@@ -33,6 +33,9 @@ WORKS = {
 # The work whose time is told by step.
 SPLIT_WORK = "w4k-qd1"
 
+# After each fill, in seconds: what was overwritten is given back meanwhile.
+FILL_PAUSE = 2
+
 # Volumes without a client are asleep by then, in seconds.
 ASLEEP_AFTER = 20
 
@@ -156,6 +159,7 @@ def fill(target, size_mib):
     for _ in range(target.fills):
         fio(["--name=fill", *target.fio_options(), "--rw=write", "--bs=1m", "--iodepth=8",
              f"--size={size_mib}m"])
+        time.sleep(FILL_PAUSE)
 
 
 def split_between(before, after):

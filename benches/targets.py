@@ -241,18 +241,18 @@ class Ceph(Target):
 class Ours(Target):
     """Ballast: three nodes, three replicas, through NBD on one of them, which then leads.
 
-    The pools are eight times as large as the volume, and all of each is written before anything is
-    measured, as Ceph's are: the file system has then nothing left to allocate.
+    The pools are ten times as large as the volume, and more than half of each is written before
+    anything is measured: for most of what follows the file system has nothing left to allocate.
     """
 
-    fills = 9
+    fills = 6
 
     def start(self):
         super().start()
         self.data = self.folder / "data"
         self.spawn("dev", [str(self.arguments.binaries / "ballastd"), "dev",
                            "--data", str(self.data), "--nodes", "3",
-                           "--pool-size", f"{self.arguments.size_mib * 8}MiB",
+                           "--pool-size", f"{self.arguments.size_mib * 10}MiB",
                            "--volume", f"vol={self.arguments.size_mib}MiB"])
         wait_for("three nodes", 60, lambda: len(self.nodes()) == 3)
         self.uri = self.nodes()[0]["nbd"].rstrip("/") + "/vol"
