@@ -144,10 +144,6 @@ for seed in 50 77 238; do
     seeds_stage "seed-$seed" --seed "$seed"
 done
 seeds_stage commit-seed --seed "$BALLAST_SIM_SEED"
-# One at a time: each wants the machine's two cores, and some measure stalls. Those named here fail
-# at this commit: docs/testing.md, "Known to fail", says how; `test-long.sh` runs them.
-known_to_fail=(a_stopped_follower_slows_nobody_and_catches_up
-    a_volume_overwritten_twenty_times_stays_within_its_pool)
-echo "known to fail, not run: ${known_to_fail[*]}"
-run_stage processes '^e2e$' --test-threads=1 "${known_to_fail[@]/#/--skip=}"
+# One at a time: each wants the machine's two cores, and some measure stalls.
+run_stage processes '^e2e$' --test-threads=1
 current=

@@ -64,11 +64,16 @@ pub const FAMILY_INFLIGHT_BYTES_MAX: usize = 32 << 20;
 /// follower may miss and still catch up from the log. Beyond it, resync by difference.
 pub const FAMILY_RETENTION_BYTES_MAX: u64 = 256 << 20;
 
-/// Log entries kept on one pool, all families together, in bytes.
+/// Log entries kept on one pool, all families together, in bytes: at most, on large pools. It is
+/// also the age, in bytes of the hot stream, at which an entry goes, whosever it is (hazard F3).
 pub const POOL_RETENTION_BYTES_MAX: u64 = 1 << 30;
 
-/// Log entries that a family keeps at most while its pool is short of free space, in bytes.
-pub const RETENTION_SHORT_BYTES: u64 = 4 << 20;
+/// Log entries kept on one pool, as a part of its segments: a lagging follower is no reason to
+/// refuse writes, it catches up by difference.
+pub const RETENTION_ONE_IN: u32 = 16;
+
+/// What is left of the former while free segments are few. A pool's capacity counts on no more.
+pub const RETENTION_PRESSED_ONE_IN: u64 = 4;
 
 /// Payload of recent log entries kept in memory per pool, in bytes: lets followers and reads of
 /// fresh data go without the disk.
@@ -141,25 +146,77 @@ pub const RESERVE_CLEANER_SEGMENTS: u32 = 2;
 /// Free segments kept for trim and delete records.
 pub const RESERVE_TRIM_SEGMENTS: u32 = 2;
 
+/// Free segments, beyond the reserves, that no new write is admitted into, as a part of all: what
+/// was admitted on a word that is a tell interval old is still on its way.
+pub const RESERVE_ADMITTED_ONE_IN: u32 = 64;
+
+/// Segments open at any time: hot, the one bespoken to follow it, cold, meta, and the body of the
+/// last checkpoint.
+pub const OPEN_SEGMENTS: u32 = 5;
+
+/// Free segments that the keeper works hard to have ready for writers, as a part of all: they write
+/// while it makes a round.
+pub const WORKING_ONE_IN: u32 = 32;
+
+/// The same, at least.
+pub const WORKING_SEGMENTS_MIN: u32 = 2;
+
+/// Segments of map pages that may hold mostly dead ones, as a part of all, before they are compacted.
+pub const META_ONE_IN: u32 = 64;
+
+/// Live blocks in what can be cleaned, in percent, at which a pool is full: at 85 the cleaner gains
+/// a segment from the seven emptiest at worst, and from four when overwrites are random.
+pub const CAPACITY_PERCENT: u64 = 85;
+
+/// Replicas on a pool for each of its segments: their records, some kilobytes each, must fit the
+/// body of a checkpoint.
+pub const REPLICAS_PER_SEGMENT_MAX: usize = 8;
+
+/// How long a write waits for room, in milliseconds, before it is refused: several rounds of a
+/// keeper, and less than what a client waits for an answer of the leader before it asks again.
+pub const ROOM_WAIT_MS_MAX: u64 = 3_000;
+
+/// Writers use what is free no faster than all of it in this time, in milliseconds: as it runs out
+/// they slow down to what the keeper frees, instead of stopping. A keeper's round takes a part of it.
+pub const ROOM_SPREAD_MS: u64 = 1_000;
+
 /// Bytes of one read of the recovery scan: few enough calls, little memory.
 pub const RECOVERY_READ_BYTES: usize = 1 << 20;
 
 /// Body of a vote slot, in bytes: with its header it fits one 512-byte sector, which no disk tears.
 pub const VOTE_SLOT_BODY_BYTES_MAX: usize = 448;
 
-/// Changes of the extent map held in memory before they are merged into pages, per pool, in bytes.
+/// Changes of the extent map held in memory before they are merged into pages, per pool, in bytes;
+/// small pools have [`UNMERGED_ONE_IN`] of their size.
 pub const MAP_DELTA_BYTES_MAX: usize = 64 << 20;
 
-/// Map pages that only a checkpoint can release from memory, per pool, in bytes: over it, a
-/// checkpoint is due.
+/// Map pages that only a checkpoint can release from memory, per pool, in bytes on disk: over it, a
+/// checkpoint is due; small pools have [`UNMERGED_ONE_IN`] of their size, half of what is kept free
+/// for a checkpoint.
 pub const MAP_DIRTY_BYTES_MAX: usize = 64 << 20;
+
+/// Blocks written but not merged, as a part of a pool: what they overwrote still counts as live, and
+/// each may need a page of its own at the next checkpoint (the other half of its reserve).
+pub const UNMERGED_ONE_IN: u64 = 64;
 
 /// How often a pool's keeper looks for work that nobody rang for, in milliseconds.
 pub const KEEPER_PERIOD_MS: u64 = 1000;
 
-/// Live blocks of a segment, in percent, above which cleaning it is not worth it: at 90% a segment
-/// costs nine writes to gain one.
+/// Live blocks of a segment, in percent, above which it is not cleaned: at 90% a segment costs nine
+/// writes to gain one. Only when free segments are few.
 pub const CLEANER_VICTIM_LIVE_PERCENT_MAX: u32 = 90;
+
+/// The same while there is no hurry: moving a block may gain at least another.
+pub const CLEANER_VICTIM_LIVE_PERCENT_EARLY: u32 = 50;
+
+/// Segments emptied between two checkpoints, as a part of all: what they free is free only after it.
+pub const CLEANER_VICTIMS_ONE_IN: u32 = 32;
+
+/// The same, at least.
+pub const CLEANER_VICTIMS_MIN: u32 = 4;
+
+/// Bytes of a segment that the cleaner reads at a time to find batch headers.
+pub const CLEANER_READ_BYTES: usize = 256 << 10;
 
 /// Pages of the extent map cached in memory, per pool, in bytes.
 pub const MAP_CACHE_BYTES_MAX: usize = 256 << 20;
@@ -167,6 +224,9 @@ pub const MAP_CACHE_BYTES_MAX: usize = 256 << 20;
 /// Log written since the last checkpoint that triggers the next one, in bytes: bounds recovery
 /// (read at start) to well under 2 s on a disk that reads 500 MB/s.
 pub const CHECKPOINT_LOG_BYTES: u64 = 256 << 20;
+
+/// The same on small pools, as a part of all segments: nothing of it can be freed or cleaned.
+pub const CHECKPOINT_LOG_ONE_IN: u32 = 32;
 
 /// Families with a replica on one pool: slots in the pool's vote table.
 pub const POOL_REPLICAS_MAX: usize = 4096;

@@ -348,6 +348,21 @@ impl Cluster {
         http::get(&self.node(id).metrics).ok().map(|(_, body)| body)
     }
 
+    /// The sum of a metric of a node over all its labels; 0 where it has none.
+    ///
+    /// # Panics
+    /// When the page is not served.
+    #[track_caller]
+    pub fn metric(&self, id: u32, name: &str) -> u64 {
+        let page = self.metrics(id);
+        let of = |line: &str| {
+            let rest = line.strip_prefix(name)?;
+            let labelled = rest.starts_with(' ') || rest.starts_with('{');
+            if labelled { rest.rsplit(' ').next()?.parse::<f64>().ok() } else { None }
+        };
+        page.lines().filter_map(of).sum::<f64>() as u64
+    }
+
     /// Runs `ballastctl` against a node and returns what it printed.
     ///
     /// # Panics

@@ -54,6 +54,79 @@ fn a_full_pool_refuses_writes_loses_nothing_and_recovers() {
     cluster.assert_replicas_are_equal();
 }
 
+/// Fills the pools of so many nodes, each by a volume with its one replica there. Answers the volumes
+/// and their nodes.
+fn fill_nodes(cluster: &Cluster, count: usize) -> Vec<(String, u32, u64)> {
+    let mut full: Vec<(String, u32, u64)> = Vec::new();
+    for number in 0..20 {
+        if full.len() == count {
+            return full;
+        }
+        let name = format!("filler-{number}");
+        let create = ["volume", "create", &name, "--size", "1GiB", "--replicas", "1", "--wait"];
+        cluster.ballastctl(1, &create);
+        cluster.wait_in_sync(&name);
+        let node = cluster.replicas(&name)[0].node;
+        if full.iter().any(|(_, taken, _)| *taken == node) {
+            // Placed before the node's report of its full pool was known.
+            cluster.ballastctl(1, &["volume", "delete", &name, "--yes"]);
+            std::thread::sleep(std::time::Duration::from_millis(500));
+            continue;
+        }
+        let runs = fill(&cluster.uri(node).replace("/demo", &format!("/{name}")), 128);
+        assert!((8..128).contains(&runs), "{runs} runs of 8 MiB went into a pool of 512 MiB");
+        full.push((name, node, runs));
+    }
+    panic!("{count} full nodes wanted, got {full:?}");
+}
+
+/// With so many full nodes, among them the leader or not: writes to a volume that has replicas
+/// on all nodes are refused, reads go on, nothing is lost; trims and deletes make room.
+fn full_nodes(test: &str, count: usize, leads: bool) {
+    let cluster = Cluster::with(test, &small_pools(64, 512));
+    let load = ["--expect-zeroes", "--span-mib", "32", "--allow-no-space"];
+    let mut verify = Verify::start(&cluster.scratch, &[&cluster.uri(1)], &load);
+    verify.progress(300, 60);
+    let full = fill_nodes(&cluster, count);
+    let is_full = |node: u32| full.iter().any(|(_, taken, _)| *taken == node);
+    let leader = (1..=3).find(|node| is_full(*node) == leads).expect("some of both");
+    cluster.move_leader("demo", leader);
+    verify.until("a write refused", 60, |line| line["refused"].as_u64() > Some(0));
+    for (name, node, runs) in &full {
+        let uri = cluster.uri(*node).replace("/demo", &format!("/{name}"));
+        run("qemu-io", &["-f", "raw", "-c", "read -P 0x77 0 8M", &uri]);
+        let trim = format!("discard 0 {}M", runs * 4);
+        run("qemu-io", &["-f", "raw", "-d", "unmap", "-c", &trim, &uri]);
+    }
+    verify.progress(300, 60);
+    for (name, node, _) in &full {
+        fill(&cluster.uri(*node).replace("/demo", &format!("/{name}")), 128);
+    }
+    verify.until("a write refused", 60, |line| line["refused"].as_u64() > Some(0));
+    for (name, _, _) in &full {
+        cluster.ballastctl(1, &["volume", "delete", name, "--yes"]);
+    }
+    verify.progress(500, 60);
+    let report = verify.finish();
+    report.assert_ok();
+    cluster.assert_replicas_are_equal();
+}
+
+#[test]
+fn a_full_leader_refuses_writes_and_recovers() {
+    full_nodes("full-leader", 1, true);
+}
+
+#[test]
+fn a_full_follower_refuses_writes_and_recovers() {
+    full_nodes("full-follower", 1, false);
+}
+
+#[test]
+fn two_full_followers_refuse_writes_and_recover() {
+    full_nodes("full-followers", 2, false);
+}
+
 #[test]
 fn a_volume_overwritten_twenty_times_stays_within_its_pool() {
     let cluster = Cluster::with("overwrite", &small_pools(64, 512));

@@ -41,7 +41,7 @@ pub enum Tag {
     NodeReport = 13,
     /// Hand the leadership of a family to another replica.
     MoveLeader = 14,
-    /// Whether this node's pool has room, for leaders elsewhere (a flag).
+    /// What leaders elsewhere may count on in this node's pool.
     Room = 15,
     /// Sleep with this group, which is idle and in sync.
     Sleep = 16,
@@ -328,6 +328,27 @@ pub struct FlagV1 {
     /// The answer.
     #[prost(bool, tag = "1")]
     pub flag: bool,
+}
+
+/// What a pool has room for.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct RoomV1 {
+    /// Something may be written: not full, and some credit.
+    #[prost(bool, tag = "1")]
+    pub flag: bool,
+    /// Bytes that may be appended at once.
+    #[prost(uint64, tag = "2")]
+    pub credit: u64,
+    /// What lives fills the pool.
+    #[prost(bool, tag = "3")]
+    pub full: bool,
+}
+
+impl From<ballast_raft_store::pool::Room> for RoomV1 {
+    fn from(room: ballast_raft_store::pool::Room) -> Self {
+        let flag = room.credit > 0 && !room.full;
+        Self { flag, credit: room.credit, full: room.full }
+    }
 }
 
 /// A command for the cluster group, or its answer.

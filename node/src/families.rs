@@ -6,7 +6,7 @@ use ballast_block::{FamilyId, Payload, ReplicaId, VolumeId};
 use ballast_env::Env;
 use ballast_raft_store::pool::ReplicaDescriptor;
 use ballast_raft_store::replica::{DamagedBlock, Replica};
-use ballast_volume::family::{Family, Surroundings};
+use ballast_volume::family::{Family, Room, Surroundings};
 use ballast_volume::state::FoundingV1;
 use futures_util::future::LocalBoxFuture;
 use prost::Message;
@@ -24,9 +24,12 @@ struct Around<E: Env> {
 }
 
 impl<E: Env> Surroundings for Around<E> {
-    fn has_room(&self, members: &[ballast_block::NodeId]) -> bool {
-        let Some(inner) = self.inner.upgrade() else { return false };
-        inner.room.all(members, inner.env.now())
+    fn take_room(&self, members: &[ballast_block::NodeId], bytes: u64) -> Room {
+        let Some(inner) = self.inner.upgrade() else { return Room::Full };
+        let now = inner.env.now();
+        // Its own word is always of now.
+        inner.room.note(inner.config.node, inner.pool.room().into(), now);
+        inner.room.take(members, bytes, now)
     }
 
     fn fetch_block(

@@ -14,7 +14,6 @@ use openraft::async_runtime::WatchReceiver;
 use crate::meters::KINDS;
 use crate::node::{Inner, Node};
 use crate::peers::links::Lane;
-use crate::room;
 
 /// The label of the cluster group, which replicates no volume.
 const CLUSTER_GROUP: &str = "(cluster group)";
@@ -49,17 +48,22 @@ const COUNTERS: [(&str, &str); 19] = [
     ("ballast_cluster_changes_total", "Changes of the cluster's state, ever, as applied here."),
 ];
 
-const GAUGES: [(&str, &str); 31] = [
+const GAUGES: [(&str, &str); 36] = [
     ("ballast_recovery_seconds", "How long the last start took to open the pool."),
     ("ballast_peer_queue_bytes", "Waiting to be sent to the peer."),
     ("ballast_node_ready", "Whether the cluster has accepted this start of the node."),
     ("ballast_pool_refused", "Whether the cluster calls the pool lost: the node takes no part."),
     ("ballast_pool_failed", "Whether the pool stopped: the node then ends."),
-    ("ballast_pool_capacity_bytes", "What the pool can hold."),
+    ("ballast_pool_size_bytes", "All segments of the pool."),
+    ("ballast_pool_capacity_bytes", "What may live on the pool, data and map."),
     ("ballast_pool_used_bytes", "In segments that hold something."),
     ("ballast_pool_live_bytes", "In live blocks; an upper bound under load."),
-    ("ballast_pool_free_bytes", "Free for new writes: reserves are subtracted."),
-    ("ballast_pool_writable", "Whether the pool has room enough to admit writes."),
+    ("ballast_pool_free_bytes", "Capacity that nothing lives in."),
+    ("ballast_pool_writable", "Whether the pool admits writes now: not full, and some credit."),
+    ("ballast_pool_credit_bytes", "What can be appended before space has to be freed."),
+    ("ballast_pool_full", "Whether what lives is as much as the pool takes: writes are refused."),
+    ("ballast_pool_meta_segments", "Segments of map pages."),
+    ("ballast_retention_limit_bytes", "What the log kept for followers may be at most."),
     ("ballast_pool_segments", "Segments of the pool."),
     ("ballast_pool_free_segments", "Free segments of the pool."),
     ("ballast_checkpoint_log_bytes", "Log since the last checkpoint: what a start would read."),
@@ -132,13 +136,18 @@ fn volume_name<E: Env>(inner: &Inner<E>, family: FamilyId) -> String {
 fn pool<E: Env>(inner: &Inner<E>) {
     let stats = inner.pool.stats();
     let space = stats.space;
-    let writable = room::has_room(space.credit(), space.total);
+    let room = inner.pool.room();
     for (name, value) in [
-        ("ballast_pool_capacity_bytes", space.total),
+        ("ballast_pool_capacity_bytes", space.capacity),
+        ("ballast_pool_size_bytes", space.total),
         ("ballast_pool_used_bytes", space.used),
         ("ballast_pool_live_bytes", space.live),
         ("ballast_pool_free_bytes", space.free),
-        ("ballast_pool_writable", u64::from(writable)),
+        ("ballast_pool_writable", u64::from(room.credit > 0 && !room.full)),
+        ("ballast_pool_credit_bytes", room.credit),
+        ("ballast_pool_full", u64::from(room.full)),
+        ("ballast_pool_meta_segments", stats.meta_segments),
+        ("ballast_retention_limit_bytes", stats.retention_limit),
         ("ballast_pool_refused", u64::from(inner.refused.borrow().is_some())),
         ("ballast_pool_failed", u64::from(inner.pool.failure().borrow().is_some())),
         ("ballast_pool_segments", stats.segments),

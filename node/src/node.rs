@@ -380,13 +380,16 @@ async fn keep_retention<E: Env>(node: std::rc::Weak<Inner<E>>) {
         let Some(inner) = node.upgrade() else { return };
         let env = inner.env.clone();
         let keep = inner.config.retention_bytes;
-        let families: Vec<_> = inner.families.borrow().values().cloned().collect();
-        let cluster = inner.cluster.group().clone();
+        let mut groups = vec![inner.cluster.group().clone()];
+        groups.extend(inner.families.borrow().values().map(|family| family.group().clone()));
+        let wanted = inner.pool.purge_wanted();
         drop(inner);
-        for family in families {
-            family.group().trim_log(&env, keep).await;
+        // Side by side: one that hangs keeps no other from giving up its log.
+        futures_util::future::join_all(groups.iter().map(|one| one.trim_log(&env, keep))).await;
+        tokio::select! {
+            biased;
+            () = wanted => {}
+            () = env.sleep(RETENTION_INTERVAL) => {}
         }
-        cluster.trim_log(&env, keep).await;
-        env.sleep(RETENTION_INTERVAL).await;
     }
 }

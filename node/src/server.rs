@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 
 use crate::calls::{
     AttachV1, AttachmentV1, BlockV1, ClusterCallV1, DifferenceV1, FlagV1, MoveLeaderV1, OfferV1,
-    OperateV1, SleepV1, Tag, decode, encode_page,
+    OperateV1, RoomV1, SleepV1, Tag, decode, encode_page,
 };
 use crate::node::Inner;
 use crate::peers::connection::PeerError;
@@ -212,8 +212,8 @@ async fn dispatch<E: Env>(inner: Rc<Inner<E>>, peer: Identity, frame: Frame) -> 
             Ok((Bytes::new(), payload.into_iter().collect()))
         }
         Tag::Room => {
-            let word: FlagV1 = decode(body)?;
-            inner.room.note(peer.node, word.flag, inner.env.now());
+            let word: RoomV1 = decode(body)?;
+            inner.room.note(peer.node, word, inner.env.now());
             Ok((Bytes::new(), Vec::new()))
         }
     }

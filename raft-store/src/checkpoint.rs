@@ -21,12 +21,13 @@ use crate::replica::core::{Map, ReplicaInner};
 use crate::replica::record::{DescriptorV1, MembershipV1};
 use crate::replica::saved::{PoolV1, ReplicaV1, ResyncV1, SuspectV1, pack};
 use crate::stream::PoolFailed;
-use crate::types::LogId;
+use crate::types::{LogId, StoredMembership};
 
 /// A replica as it was at the freeze.
 struct Frozen<E: Env> {
     replica: Rc<ReplicaInner<E>>,
     applied: Option<LogId>,
+    membership: StoredMembership,
     saved: ReplicaV1,
     map: Rc<Map<E>>,
     frozen: FrozenMap,
@@ -54,6 +55,8 @@ impl<E: Env> Shared<E> {
         let _one = self.checkpointing.lock().await;
         self.check()?;
         self.wipe_abandoned().await?;
+        // Not earlier: a checkpoint that was being made may have referred to them.
+        std::mem::take(&mut *self.drained.borrow_mut()).iter().for_each(|map| map.give_up());
         let streams = self.streams.freeze();
         let dropped = self.dropped.borrow().iter().map(|id| id.0).collect();
         let frozen: Vec<Frozen<E>> = self.all().into_iter().map(ReplicaInner::freeze).collect();
@@ -61,20 +64,24 @@ impl<E: Env> Shared<E> {
         self.streams.frozen_durable(&streams).await.map_err(PoolFailure::from)?;
         let mut replicas = Vec::with_capacity(frozen.len());
         let mut covered = Vec::with_capacity(frozen.len());
-        for Frozen { replica, applied, mut saved, map, frozen, resync } in frozen {
+        for Frozen { replica, applied, membership, mut saved, map, frozen, resync } in frozen {
             let id = replica.descriptor.replica;
             saved.map = self.write_map(id, &map, frozen).await?;
             if let (Some(saved), Some((map, frozen))) = (&mut saved.resync, resync) {
                 saved.map = self.write_map(id, &map, frozen).await?;
             }
             replicas.push(saved);
-            covered.push((replica, applied));
+            covered.push((replica, applied, membership));
         }
         let body = PoolV1 { replicas, dropped }.encode_to_vec();
         self.streams.commit_checkpoint(streams, vec![body.into()]).await?;
-        covered.into_iter().for_each(|(replica, applied)| replica.checkpointed.set(applied));
+        for (replica, applied, membership) in covered {
+            replica.checkpointed.set(applied);
+            *replica.checkpointed_membership.borrow_mut() = membership;
+        }
         count(&self.counters.checkpoints, 1);
         self.freed.notify_waiters();
+        self.purge.notify_one();
         Ok(())
     }
 
@@ -137,8 +144,8 @@ impl<E: Env> ReplicaInner<E> {
         let map = self.map();
         let frozen = map.freeze();
         let resync = resync.map(|resync| (resync.map.clone(), resync.map.freeze()));
-        let covered = applied.id;
+        let (covered, membership) = (applied.id, applied.membership.clone());
         drop((log, applied));
-        Frozen { replica: self, applied: covered, saved, map, frozen, resync }
+        Frozen { replica: self, applied: covered, membership, saved, map, frozen, resync }
     }
 }

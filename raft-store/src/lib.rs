@@ -9,6 +9,7 @@ mod checkpoint;
 mod cleaner;
 pub mod entry;
 pub mod format;
+mod keeper;
 pub mod log;
 pub mod map;
 pub mod place;

@@ -24,6 +24,12 @@ async fn fresh() -> (MemoryEnv, Pool<MemoryEnv>, Machine<MemoryEnv>) {
     (env, pool.clone(), Machine::new(pool, replica))
 }
 
+/// Whether leaders would send something.
+fn admits(pool: &Pool<MemoryEnv>) -> bool {
+    let room = pool.room();
+    room.credit > 0 && !room.full
+}
+
 /// Appends, applies and purges as the layers above do.
 async fn put(machine: &Machine<MemoryEnv>, pool: &Pool<MemoryEnv>, index: u64, slot: u64) {
     let entry = write(index, slot * u64::from(BLOCKS), blocks(BLOCKS, index));
@@ -31,13 +37,16 @@ async fn put(machine: &Machine<MemoryEnv>, pool: &Pool<MemoryEnv>, index: u64, s
     step(machine, pool).await;
 }
 
-async fn step(machine: &Machine<MemoryEnv>, pool: &Pool<MemoryEnv>) {
+async fn apply_all(machine: &Machine<MemoryEnv>) {
     let from = machine.replica.applied().map_or(0, |id| id.index + 1);
     for entry in machine.replica.log().try_get_log_entries(from..).await.unwrap() {
         machine.apply_one(entry);
     }
+}
+
+async fn step(machine: &Machine<MemoryEnv>, pool: &Pool<MemoryEnv>) {
+    apply_all(machine).await;
     if let Some(target) = machine.replica.purge_target(2 << 20) {
-        pool.checkpoint().await.unwrap();
         machine.replica.log().purge(target).await.unwrap();
     }
 }
@@ -46,8 +55,8 @@ async fn step(machine: &Machine<MemoryEnv>, pool: &Pool<MemoryEnv>) {
 fn overwriting_for_ever_never_fills_a_pool() {
     run(async {
         let (env, pool, machine) = fresh().await;
-        // A quarter of the pool, overwritten many times in an order that leaves holes everywhere.
-        let slots = pool.space().total / 4 / u64::from(BLOCKS) / BLOCK_SIZE as u64;
+        // Nearly all that it takes, overwritten many times in an order that leaves holes everywhere.
+        let slots = pool.space().capacity * 95 / 100 / u64::from(BLOCKS) / BLOCK_SIZE as u64;
         let mut newest = vec![None; slots as usize];
         for index in 0..slots * 16 {
             let slot = support::splitmix(index).1 % slots;
@@ -72,16 +81,67 @@ fn overwriting_for_ever_never_fills_a_pool() {
     });
 }
 
+/// Ten families take turns in no order; each gives up its log only when it is asked to, once in a
+/// while. What they hold together is nearly what the pool takes, overwritten twenty times.
+#[test]
+fn several_families_overwrite_for_ever_and_the_log_stays_bounded() {
+    run(async {
+        let env = MemoryEnv::default();
+        store::format(&env, &path()).await;
+        let (pool, _) = store::open(&env, &path()).await.unwrap();
+        let mut machines = Vec::new();
+        for id in 1..=10 {
+            let replica = pool.create_replica(store::descriptor(id)).await.unwrap();
+            machines.push(Machine::new(pool.clone(), replica));
+        }
+        let count = 16;
+        let slots = pool.space().capacity * 90 / 100 / (10 * 16 * BLOCK_SIZE as u64);
+        let mut random = 7;
+        let mut next = [0; 10];
+        let (mut retained, mut used) = (0, 0);
+        for step in 0..slots * 10 * 20 {
+            let (state, number) = support::splitmix(random);
+            random = state;
+            // Half of the writes go to one family: the others retain old entries.
+            let family = if number % 2 == 0 { 0 } else { (number >> 8) as usize % 10 };
+            let (machine, slot) = (&machines[family], (number >> 32) % slots);
+            let entry = write(next[family], slot * 16, blocks(count, number));
+            next[family] += 1;
+            append(&machine.replica, vec![entry]).await.unwrap();
+            machine.replica.map_room().await;
+            apply_all(machine).await;
+            if step % 20 == 0 {
+                for machine in &machines {
+                    if let Some(target) = machine.replica.purge_target(u64::MAX) {
+                        machine.replica.log().purge(target).await.unwrap();
+                    }
+                }
+            }
+            let stats = pool.stats();
+            (retained, used) = (stats.retained_bytes.max(retained), stats.space.used.max(used));
+            assert!(!pool.room().full, "{stats:?}");
+        }
+        let stats = pool.stats();
+        // What came since it was last asked, and what no checkpoint covered then, is on top.
+        let limit = stats.retention_limit + pool.budget().checkpoint_log + (4 << 20);
+        assert!(retained < limit, "{retained} of {limit}");
+        assert!(used < stats.space.total, "{used}");
+        assert!(stats.log_bytes_written > 8 * stats.space.total, "{stats:?}");
+        assert!(stats.meta_segments < 6, "{stats:?}");
+    });
+}
+
 #[test]
 fn what_was_proposed_is_never_refused() {
     run(async {
         let (env, pool, machine) = fresh().await;
         let mut index = 0;
-        while pool.space().credit() > 0 {
+        while admits(&pool) {
             put(&machine, &pool, index, index).await;
             index += 1;
         }
-        // The credit is used up. What others had been granted meanwhile still comes, and waits.
+        assert!(pool.room().full, "{:?}", pool.stats());
+        // The pool is full. What others had been granted meanwhile still comes, and waits.
         for _ in 0..100 {
             let entry = write(index, index * u64::from(BLOCKS), blocks(BLOCKS, index));
             let waiting = append(&machine.replica, vec![entry]);
@@ -101,20 +161,24 @@ fn what_was_proposed_is_never_refused() {
         // Votes, a checkpoint and a trim get through; then there is room again.
         machine.replica.log().save_vote(&Vote::new(9, 1)).await.unwrap();
         pool.checkpoint().await.unwrap();
-        let count = written * u64::from(BLOCKS) / 2;
+        let kept = written * 3 / 4;
+        let count = kept * u64::from(BLOCKS);
         let body = Body::Trim { start: 0, count };
         let trim = EntryPayload::Normal(Command { origin: Origin::default(), body });
         append(&machine.replica, vec![entry(index, trim)]).await.unwrap();
         index += 1;
         step(&machine, &pool).await;
-        while pool.space().credit() == 0 {
+        for _ in 0..100 {
             env.sleep(std::time::Duration::from_millis(100)).await;
+            // As the node does again and again.
+            step(&machine, &pool).await;
         }
+        assert!(admits(&pool), "{:?} {:?}", pool.room(), pool.stats());
         for _ in 0..10 {
             put(&machine, &pool, index, 0).await;
             index += 1;
         }
-        for slot in written / 2 + 1..written {
+        for slot in kept..written {
             let found = read(&machine.replica, slot * u64::from(BLOCKS), BLOCKS).await.unwrap();
             assert_eq!(found, blocks(BLOCKS, slot));
         }

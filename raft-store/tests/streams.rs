@@ -170,7 +170,7 @@ fn a_full_pool_keeps_its_reserves_in_order() {
             assert_eq!(error, AppendError::OutOfSpace { class });
             appended.push(op - before);
             streams.flush().await.unwrap();
-            assert_eq!(streams.segments().free_bytes(class), 0);
+            assert_eq!(streams.segments().free_for(class), 0);
         }
         // One such entry per segment of 2 MiB; one segment stays bespoken for the hot stream.
         assert_eq!(appended, [21, 2, 2, 4, 2]);
@@ -263,7 +263,7 @@ fn checkpoints_bound_the_replay_and_free_segments() {
         assert!(table.is_live(places[6].place) && !table.is_live(places[0].place));
         assert!(table.is_live(page.place) && !table.is_live(page.place.plus(3)));
         assert_eq!(table.counts().live_blocks, 6 * 200 + 3 + 1);
-        let victims = table.victims(10);
+        let victims = table.victims(10, u32::MAX);
         let frozen = opened.streams.freeze();
         let committed = opened.streams.commit_checkpoint(frozen, vec![]).await.unwrap();
         assert_eq!(committed.checkpoint, 2);

@@ -5,6 +5,7 @@
 
 use std::cell::{Ref, RefCell};
 use std::rc::Rc;
+use std::time::Duration;
 
 use ballast_block::buffer::BufferPool;
 use ballast_block::command::ReadPart;
@@ -20,7 +21,7 @@ use openraft::RaftNetworkFactory;
 use openraft::network::NetSnapshot;
 use prost::Message;
 use thiserror::Error;
-use tokio::sync::Semaphore;
+use tokio::sync::{Mutex, Semaphore};
 
 use crate::command::{FamilyCommand, FamilyReplyV1};
 use crate::group::{Group, ProposeError, RaftSettings, StartGroupError};
@@ -34,9 +35,10 @@ use crate::state::{FamilyState, FoundingV1};
 
 /// What a family needs of the node around it.
 pub trait Surroundings: 'static {
-    /// Whether the pools of all these nodes grant room for a write (hazard F11). A node that is
-    /// not heard does not count: it lags, and catches up or is out of the majority.
-    fn has_room(&self, members: &[NodeId]) -> bool;
+    /// Asks the pools of all these nodes for room for a write of `bytes` (hazard F11), and takes it
+    /// where it is granted. A node that is not heard does not count: it lags, and catches up or is
+    /// out of the majority.
+    fn take_room(&self, members: &[NodeId], bytes: u64) -> Room;
 
     /// Asks the other replicas of `family` for a block that is damaged here.
     fn fetch_block(
@@ -44,6 +46,17 @@ pub trait Surroundings: 'static {
         family: FamilyId,
         wanted: DamagedBlock,
     ) -> LocalBoxFuture<'static, Option<Payload>>;
+}
+
+/// The pools' answer to a write that asks for room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Room {
+    /// It is taken: propose.
+    Taken,
+    /// Ask again after this time: space is being freed, or writers are slowed down so that it can.
+    Wait(Duration),
+    /// What lives fills a pool: waiting does not help.
+    Full,
 }
 
 /// Why an operation has no result here.
@@ -94,6 +107,8 @@ pub(crate) struct Inner<E: Env> {
     pub(crate) state: Rc<RefCell<FamilyState>>,
     pub(crate) locks: RangeLocks,
     pub(crate) inflight: Semaphore,
+    /// Held by the write that waits for room: the others wait behind it, in order.
+    pub(crate) room: Mutex<()>,
     pub(crate) buffers: BufferPool,
     pub(crate) surroundings: Rc<dyn Surroundings>,
     pub(crate) stages: Stages,
@@ -142,6 +157,7 @@ impl<E: Env> Family<E> {
             state,
             locks: RangeLocks::default(),
             inflight: Semaphore::new(FAMILY_INFLIGHT_BYTES_MAX / BLOCK_SIZE),
+            room: Mutex::new(()),
             buffers,
             surroundings,
             stages: Stages::default(),

@@ -1,7 +1,7 @@
 //! How much of the log is kept for followers that lag: by bytes (hazard F8).
 //!
-//! openraft counts entries; it neither builds nor purges by itself here. Over the bound the pool
-//! makes a checkpoint, then the log is purged up to what it covers.
+//! openraft counts entries; it neither builds nor purges by itself here. Over the bound the log is
+//! purged as far as the pool's last durable checkpoint covers it.
 
 use std::time::Duration;
 
@@ -10,8 +10,8 @@ use openraft::async_runtime::WatchReceiver;
 
 use crate::group::Group;
 
-/// How long a purge waits for its checkpoint before it is tried again.
-const CHECKPOINT_WAIT_MAX: Duration = Duration::from_secs(30);
+/// How long a purge waits for openraft before it is tried again.
+const SNAPSHOT_WAIT_MAX: Duration = Duration::from_secs(5);
 
 impl<E: Env> Group<E> {
     /// Purges the log down to about `keep` bytes, if it holds more. Answers whether it did.
@@ -36,7 +36,7 @@ impl<E: Env> Group<E> {
         let covered = tokio::select! {
             biased;
             covered = covered => covered,
-            () = env.sleep(CHECKPOINT_WAIT_MAX) => false,
+            () = env.sleep(SNAPSHOT_WAIT_MAX) => false,
         };
         covered && raft.trigger().purge_log(target.index).await.is_ok()
     }

@@ -1,8 +1,8 @@
 //! A group's state as Raft hands it over: by difference, never as a stream of bytes.
 //!
 //! The leader's side is a pinned view; the follower's is a resync that was put beside its map and
-//! is switched in by one record (hazard F9). Building one means a durable checkpoint: that is what
-//! allows a purge of the log (hazard F8).
+//! is switched in by one record (hazard F9). Building one names the last durable checkpoint: that is
+//! what allows a purge of the log (hazard F8).
 
 use std::io;
 use std::rc::Rc;
@@ -59,7 +59,8 @@ pub fn current<E: Env>(
     Some(Snapshot { meta, snapshot })
 }
 
-/// Answers openraft's wish for a snapshot with a durable checkpoint.
+/// Answers openraft's wish for a snapshot with the last durable checkpoint: it covers all groups of
+/// the pool, which therefore don't make one each.
 pub struct SnapshotBuilder<E: Env> {
     replica: Replica<E>,
     checkpoint: Checkpoint,
@@ -76,12 +77,16 @@ impl<E: Env> RaftSnapshotBuilder<TypeConfig> for SnapshotBuilder<E> {
     type SnapshotData = GroupSnapshot<E>;
 
     async fn build_snapshot(&mut self) -> io::Result<SnapshotOf<TypeConfig, GroupSnapshot<E>>> {
-        let applied = self.replica.applied();
-        let last_membership = self.replica.membership();
+        if self.replica.checkpointed().is_none() {
+            (self.checkpoint)().await?;
+        }
         let pin = Rc::new(self.replica.pin());
-        (self.checkpoint)().await?;
+        let (last_log_id, last_membership) = self
+            .replica
+            .checkpointed()
+            .map_or_else(Default::default, |(id, membership)| (Some(id), membership));
         // The data is never sent from here: a transfer takes its own, newer view.
         let snapshot = GroupSnapshot::Own { sequence: pin.sequence(), pin, state: Bytes::new() };
-        Ok(Snapshot { meta: SnapshotMeta { last_log_id: applied, last_membership }, snapshot })
+        Ok(Snapshot { meta: SnapshotMeta { last_log_id, last_membership }, snapshot })
     }
 }

@@ -3,8 +3,10 @@
 //! Everything that can refuse a write does so here, before it is proposed; what was proposed is
 //! never refused for want of space (guarantee **nothing-lost-when-full**).
 
+use std::time::Duration;
+
 use ballast_block::geometry::{BLOCK_SIZE, BLOCK_SIZE_U64};
-use ballast_block::limits::TRANSFER_BYTES_MAX;
+use ballast_block::limits::{ROOM_WAIT_MS_MAX, TRANSFER_BYTES_MAX};
 use ballast_block::{AlignedBuf, BlockRange, ByteRange, IoError, NodeId};
 use ballast_env::Env;
 use ballast_env::clock::Instant;
@@ -14,7 +16,7 @@ use bytes::Bytes;
 use openraft::async_runtime::WatchReceiver;
 use tokio::sync::SemaphorePermit;
 
-use crate::family::{ExecuteError, Family, OperationReply};
+use crate::family::{ExecuteError, Family, OperationReply, Room};
 use crate::stages;
 use crate::state::ROOT_BRANCH;
 
@@ -35,6 +37,7 @@ impl<E: Env> Family<E> {
         self.admit(range)?;
         let start = self.inner.group.env().now();
         let blocks = range.covering_blocks();
+        self.take_room(blocks).await?;
         if range.is_block_aligned() && ballast_block::buffer::is_block_aligned(&data) {
             let _lock = self.inner.locks.shared(blocks).await;
             let _inflight = self.inflight(blocks).await?;
@@ -49,6 +52,7 @@ impl<E: Env> Family<E> {
         range: ByteRange,
     ) -> Result<OperationReply, ExecuteError> {
         self.admit(range)?;
+        self.take_room(range.covering_blocks()).await?;
         self.merge(origin, range, Over::Zeroes).await
     }
 
@@ -76,11 +80,38 @@ impl<E: Env> Family<E> {
         if range.length == 0 || range.length > TRANSFER_BYTES_MAX as u64 {
             return Err(IoError::TooLarge { limit: TRANSFER_BYTES_MAX as u64 });
         }
-        range.check_inside(self.state().size()).map_err(|_| IoError::RangeOutside)?;
-        if !self.inner.surroundings.has_room(&self.voters()) {
-            return Err(IoError::NoSpace);
+        range.check_inside(self.state().size()).map_err(|_| IoError::RangeOutside)
+    }
+
+    /// Takes room in the pools of all voters; waits for some as long as that is of use.
+    async fn take_room(&self, blocks: BlockRange) -> Result<(), IoError> {
+        // A header block each, at most.
+        let bytes = (u64::from(blocks.count) + 1) * BLOCK_SIZE_U64;
+        let voters = self.voters();
+        let ask = || self.inner.surroundings.take_room(&voters, bytes);
+        if let Ok(_first) = self.inner.room.try_lock() {
+            match ask() {
+                Room::Taken => return Ok(()),
+                Room::Full => return Err(IoError::NoSpace),
+                Room::Wait(_) => {}
+            }
         }
-        Ok(())
+        let env = self.inner.group.env();
+        let turn = async {
+            let _turn = self.inner.room.lock().await;
+            loop {
+                match ask() {
+                    Room::Taken => return Ok(()),
+                    Room::Full => return Err(IoError::NoSpace),
+                    Room::Wait(pause) => env.sleep(pause).await,
+                }
+            }
+        };
+        tokio::select! {
+            biased;
+            outcome = turn => outcome,
+            () = env.sleep(Duration::from_millis(ROOM_WAIT_MS_MAX)) => Err(IoError::NoSpace),
+        }
     }
 
     fn voters(&self) -> Vec<NodeId> {

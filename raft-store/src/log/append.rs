@@ -6,7 +6,6 @@ use std::rc::Rc;
 
 use ballast_block::checksum::block_crcs;
 use ballast_block::geometry::BLOCK_SIZE;
-use ballast_block::limits::CHECKPOINT_LOG_BYTES;
 use ballast_env::Env;
 use ballast_env::planted::PlantedBug;
 use openraft::storage::IOFlushed;
@@ -40,9 +39,7 @@ impl<E: Env> ReplicaInner<E> {
             return Ok(());
         };
         self.append_committed_hint();
-        if self.shared.streams.log_since_checkpoint() >= CHECKPOINT_LOG_BYTES {
-            self.shared.work.notify_one();
-        }
+        self.shared.note_append();
         let streams = self.shared.streams.clone();
         if streams.env().is_planted(PlantedBug::EarlyAck) {
             self.note_durable(last);
@@ -112,7 +109,7 @@ impl<E: Env> ReplicaInner<E> {
             place: appended.place,
             blocks: u32::try_from(blocks).expect("TRANSFER_BLOCKS_MAX fits"),
             damaged: false,
-            born: self.shared.streams.stats(StreamId::Hot).bytes,
+            born: self.shared.log_age(),
         };
         Ok((slot, appended.at))
     }

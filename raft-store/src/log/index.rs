@@ -25,8 +25,8 @@ pub(crate) struct Slot {
     pub blocks: u32,
     /// The payload on this disk is not what was written.
     pub damaged: bool,
-    /// Bytes of the hot stream written before it since the pool was opened: its age. 0 = from
-    /// before.
+    /// Bytes of the hot stream between the opening of the pool and it, unused ends of segments
+    /// included: its age. 0 = from before.
     pub born: u64,
 }
 

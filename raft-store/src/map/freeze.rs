@@ -89,7 +89,8 @@ impl State {
     fn drop_runs(&mut self) {
         let bytes: usize = self.runs.iter().map(|run| run.bytes).sum();
         let oldest = self.runs.first().map_or(self.generation, |run| run.generation);
-        let rewrite = self.runs.len() >= RUNS_MAX
+        let rewrite = std::mem::take(&mut self.rewrite_runs)
+            || self.runs.len() >= RUNS_MAX
             || self.generation - oldest >= GENERATIONS_MAX
             || bytes > 2 * self.delta_bytes + RUNS_WASTE_BYTES;
         if rewrite {
@@ -138,7 +139,7 @@ impl State {
         slot.at = at;
         slot.dirty = false;
         let enlist = !std::mem::replace(&mut entry.ringed, true);
-        self.dirty_bytes -= page.memory();
+        self.dirty_bytes -= page.dirty_bytes();
         self.clean_bytes += page.memory();
         (page.memory(), enlist)
     }

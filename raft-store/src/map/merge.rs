@@ -108,7 +108,7 @@ impl State {
         let slots = slots.into_iter().map(|kept| match kept {
             Kept::Old(i) => old[i].take().expect("each is kept once"),
             Kept::Fresh(page) => {
-                dirtied += page.memory();
+                dirtied += page.dirty_bytes();
                 Slot::fresh(page)
             }
         });
@@ -116,11 +116,10 @@ impl State {
         entry.newest = newest;
         entry.merged = generation;
         for slot in old.into_iter().flatten() {
-            let memory = slot.page.map_or(0, |page| page.memory());
             if slot.dirty {
-                cleaned += memory;
+                cleaned += slot.page.map_or(0, |page| page.dirty_bytes());
             } else {
-                uncached += memory;
+                uncached += slot.page.map_or(0, |page| page.memory());
                 self.superseded.push(slot.at);
             }
         }

@@ -27,6 +27,7 @@ use crate::place::Place;
 
 mod branch;
 mod cache;
+mod compact;
 mod delta;
 mod diff;
 mod directory;
@@ -214,7 +215,8 @@ impl<I: PageIo + FreedSink + 'static> ExtentMap<I> {
         self.state.borrow().delta_bytes
     }
 
-    /// Memory of pages that only a checkpoint can release, in bytes.
+    /// Pages that only a checkpoint can release from memory, in bytes on disk or in memory, whichever
+    /// is more.
     pub fn dirty_bytes(&self) -> usize {
         self.state.borrow().dirty_bytes
     }

@@ -4,6 +4,7 @@
 //! a new one. What is read from disk is checked whole once, here; the accessors trust it then.
 
 use ballast_block::checksum::crc32;
+use ballast_block::geometry::BLOCK_SIZE;
 use bytes::Bytes;
 
 use super::types::PAGE_BYTES_MAX;
@@ -148,6 +149,11 @@ impl Page {
     /// Memory that it takes, in bytes.
     pub fn memory(&self) -> usize {
         self.bytes.len() + 96
+    }
+
+    /// What it counts for while it is not on disk: whole blocks there, or its memory if that is more.
+    pub fn dirty_bytes(&self) -> usize {
+        self.memory().max(self.bytes.len().next_multiple_of(BLOCK_SIZE))
     }
 
     fn trusted(bytes: Bytes) -> Self {

@@ -53,7 +53,7 @@ pub(super) struct State {
     pub branches: Branches,
     pub wide: Vec<Wide>,
     pub delta_bytes: usize,
-    /// Memory of pages that are not on disk yet.
+    /// Pages that are not on disk yet: see `Page::dirty_bytes`.
     pub dirty_bytes: usize,
     /// Memory of pages that are.
     pub clean_bytes: usize,
@@ -77,6 +77,8 @@ pub(super) struct State {
     pub untidy: BTreeSet<u32>,
     /// A frozen map is not written yet.
     pub freezing: bool,
+    /// Runs lie where they should not: the next freeze writes what is left of them anew.
+    pub rewrite_runs: bool,
     /// Ranges with changes, by the size class of these; stale entries are skipped.
     classes: Vec<VecDeque<u32>>,
     classed: usize,
@@ -107,6 +109,7 @@ impl State {
             history: BTreeSet::new(),
             untidy: BTreeSet::new(),
             freezing: false,
+            rewrite_runs: false,
             classes: vec![VecDeque::new(); usize::BITS as usize + 1],
             classed: 0,
             deltas: 0,
@@ -350,11 +353,11 @@ impl State {
         let slots = std::mem::take(&mut self.directory.range_mut(range).slots);
         let mut uncached = 0;
         for slot in slots.as_slice() {
-            let memory = slot.page.as_ref().map_or(0, |page| page.memory());
+            let page = slot.page.as_ref();
             if slot.dirty {
-                self.dirty_bytes -= memory;
+                self.dirty_bytes -= page.map_or(0, |page| page.dirty_bytes());
             } else {
-                uncached += memory;
+                uncached += page.map_or(0, |page| page.memory());
                 self.superseded.push(slot.at);
             }
         }

@@ -22,7 +22,8 @@ impl<E: Env> MapIo<E> {
     }
 }
 
-fn blocks_of(at: PageAddress) -> (Place, u32) {
+/// The blocks of a page.
+pub(crate) fn blocks_of(at: PageAddress) -> (Place, u32) {
     (Place::from_offset(at.offset), at.length.div_ceil(BLOCK_SIZE as u32))
 }
 

@@ -4,6 +4,7 @@
 //! Never decides what an entry means, never talks to a peer. Not on the path of a write itself:
 //! [`crate::log::Log`] is step 5, [`crate::replica::Replica`] step 7.
 
+pub mod budget;
 pub(crate) mod map_io;
 mod open;
 pub(crate) mod shared;
@@ -12,7 +13,6 @@ mod types;
 use std::path::Path;
 use std::rc::Rc;
 
-use ballast_block::limits::POOL_REPLICAS_MAX;
 use ballast_block::{PoolId, ReplicaId};
 use ballast_env::Env;
 use ballast_env::spawn::OwnedTask;
@@ -22,8 +22,10 @@ use tokio::sync::watch;
 pub use types::{
     CheckpointError, CreateReplicaError, DESCRIPTOR_BYTES_MAX, DropReplicaError, FormatOptions,
     FormatPoolError, OpenPoolError, PoolExpectation, PoolFailure, PoolStats, RecoveryReport,
-    ReplicaDescriptor, Space,
+    ReplicaDescriptor, Room, Space,
 };
+
+use budget::Budget;
 
 pub use crate::format::superblock::Lineage;
 
@@ -83,7 +85,7 @@ impl<E: Env> Pool<E> {
         expect: PoolExpectation,
     ) -> Result<(Self, RecoveryReport), OpenPoolError> {
         let (shared, report) = open::open(env.clone(), path, expect).await?;
-        let keeper = OwnedTask(env.spawn(crate::cleaner::keep(shared.clone())));
+        let keeper = OwnedTask(env.spawn(crate::keeper::keep(shared.clone())));
         Ok((Self { inner: Rc::new(PoolInner { shared, _keeper: keeper }) }, report))
     }
 
@@ -145,7 +147,8 @@ impl<E: Env> Pool<E> {
         if shared.dropped.borrow().contains(&id) || shared.replicas.borrow().contains_key(&id) {
             return Err(CreateReplicaError::SeenBefore(id));
         }
-        let slot = shared.free_vote_slot().ok_or(CreateReplicaError::TooMany(POOL_REPLICAS_MAX))?;
+        let most = shared.budget.replicas;
+        let slot = shared.free_vote_slot().ok_or(CreateReplicaError::TooMany(most))?;
         let body = DescriptorV1::new(&descriptor, slot).encode_to_vec();
         let replica = Rc::new(ReplicaInner::empty(shared.clone(), descriptor, slot));
         // Known from here on, so that nobody else takes the id or the slot while this waits.
@@ -176,6 +179,22 @@ impl<E: Env> Pool<E> {
     /// Space, now.
     pub fn space(&self) -> Space {
         self.shared().space()
+    }
+
+    /// What leaders may count on, now.
+    pub fn room(&self) -> Room {
+        self.shared().room()
+    }
+
+    /// How the pool is divided.
+    pub fn budget(&self) -> &Budget {
+        &self.shared().budget
+    }
+
+    /// Returns when log should be purged, or can be that could not before.
+    pub fn purge_wanted(&self) -> impl Future<Output = ()> + use<E> {
+        let shared = self.shared().clone();
+        async move { shared.purge.notified().await }
     }
 
     /// Turns `Some` when the pool stops; every replica of it has then failed.
@@ -236,6 +255,8 @@ impl<E: Env> Pool<E> {
             checkpoints: counters.checkpoints.get(),
             log_since_checkpoint: shared.streams.log_since_checkpoint(),
             retained_bytes: retained,
+            retention_limit: shared.budget.retention,
+            meta_segments: shared.streams.segments().meta().0.into(),
             cache_bytes: shared.cache.borrow().bytes() as u64,
             map_delta_bytes: shared.delta_bytes.get() as u64,
             damaged_blocks: counters.damaged_blocks.get(),
@@ -257,7 +278,7 @@ impl<E: Env> Shared<E> {
         taken.sort_unstable();
         let gap = taken.iter().zip(0u16..).position(|(slot, number)| slot.0 != number);
         let number = gap.unwrap_or(taken.len());
-        (number < POOL_REPLICAS_MAX).then_some(SlotNumber(number as u16))
+        (number < self.budget.replicas).then_some(SlotNumber(number as u16))
     }
 
     /// The memory part of a drop.
@@ -269,6 +290,8 @@ impl<E: Env> Shared<E> {
         replica.truncate_index(None);
         replica.abandon_resync();
         self.delta_bytes.set(self.delta_bytes.get() - replica.delta_bytes.replace(0));
+        let unmerged = self.unmerged_blocks.get() - replica.unmerged_blocks.replace(0);
+        self.unmerged_blocks.set(unmerged);
         self.abandoned.borrow_mut().push(replica.map());
     }
 }

@@ -17,6 +17,7 @@ use crate::format::vote_slot::{SlotNumber, SlotState};
 use crate::log::index::Slot;
 use crate::map::ExtentMap;
 use crate::place::Place;
+use crate::pool::map_io::blocks_of;
 use crate::pool::shared::{Shared, count};
 use crate::pool::{OpenPoolError, PoolExpectation, RecoveryReport};
 use crate::replica::core::{Applied, ReplicaInner};
@@ -26,7 +27,9 @@ use crate::replica::record::{
 use crate::replica::resync::ResyncState;
 use crate::replica::saved::{Packed, PoolV1, ReplicaV1, ResyncV1, SuspectV1, unpack};
 use crate::replica::{Health, InstallState, Restored};
-use crate::stream::{Finding, Opened, PayloadState, RecordKind, Replayed, Suspicion, suspects};
+use crate::stream::{
+    Finding, Opened, PayloadState, RecordKind, Replayed, StreamId, Suspicion, suspects,
+};
 use crate::types::{LogId, StoredMembership, Vote};
 
 /// Opens a pool and brings its replicas to where their logs end.
@@ -103,7 +106,24 @@ async fn recover<E: Env>(
         }
         replica.settle();
     }
+    count_pages(shared);
     Ok(())
+}
+
+/// Marks the pages of all maps as what lives in the meta stream's segments: what a checkpoint's table
+/// says of them may be more, for pages that the process before gave up after it.
+fn count_pages<E: Env>(shared: &Shared<E>) {
+    let segments = shared.streams.segments();
+    segments.clear_live(StreamId::Meta);
+    let replicas = shared.all();
+    let resyncs = replicas.iter().filter_map(|one| Some(one.resync.borrow().as_ref()?.map.clone()));
+    let unused = shared.abandoned.borrow().clone().into_iter();
+    let unused = unused.chain(shared.drained.borrow().clone());
+    for map in replicas.iter().map(|one| one.map()).chain(resyncs).chain(unused) {
+        for (place, blocks) in map.pages().into_iter().map(blocks_of) {
+            segments.mark_live(place, blocks);
+        }
+    }
 }
 
 fn refused<E: Env>(replica: &ReplicaInner<E>, problem: &str) -> OpenPoolError {
@@ -149,10 +169,12 @@ async fn load_replica<E: Env>(
         *replica.health.borrow_mut() = Health::Suspect { vote_lost, term };
     }
     let membership = saved.membership.unwrap_or_default().decode_membership();
+    let membership = membership.map_err(|error| error.to_string())?;
     replica.checkpointed.set(saved.applied.map(Into::into));
+    *replica.checkpointed_membership.borrow_mut() = membership.clone();
     *replica.applied.borrow_mut() = Applied {
         id: saved.applied.map(Into::into),
-        membership: membership.map_err(|error| error.to_string())?,
+        membership,
         sequence: Sequence(saved.sequence),
     };
     replica.restored.borrow_mut().state = saved.state;

@@ -70,23 +70,29 @@ pub const DESCRIPTOR_BYTES_MAX: usize = 1024;
 /// Space of a pool, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Space {
-    /// What the pool can hold: all its segments.
+    /// All segments of the pool.
     pub total: u64,
-    /// In segments that hold live blocks, retained entries or are being written.
+    /// What may live on the pool, data and map: the rest is what makes overwriting it go on for
+    /// ever (docs/disk-format.md, "Space").
+    pub capacity: u64,
+    /// In segments that hold live blocks, retained entries or dead ones not cleaned yet, or are being
+    /// written.
     pub used: u64,
     /// Live blocks; exact at a quiet point (after the map's delta is merged), an upper bound
     /// otherwise.
     pub live: u64,
-    /// Free after the reserves for votes, checkpoint, cleaner and trims: what is shown as free.
+    /// Capacity that nothing lives in: what is shown as free.
     pub free: u64,
 }
 
-impl Space {
-    /// Bytes of payload that may be granted to leaders in all (hazard F11): what was granted and
-    /// is not yet appended must be subtracted by the caller. 0 = full: stop admitting writes.
-    pub fn credit(&self) -> u64 {
-        self.free
-    }
+/// What leaders may count on (hazard F11).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Room {
+    /// Bytes that can be appended at once: in free segments beyond all reserves. 0 = wait for the
+    /// keeper.
+    pub credit: u64,
+    /// What lives is as much as the pool takes: waiting does not help, trims and deletes do.
+    pub full: bool,
 }
 
 /// Why a replica takes no more work.
@@ -148,8 +154,8 @@ pub enum CreateReplicaError {
     /// The id exists, or existed once: ids are never used twice (hazard F5).
     #[error("{0} exists or existed on this pool: allocate a new replica id")]
     SeenBefore(ReplicaId),
-    /// Every slot of the vote table is taken.
-    #[error("the pool holds {0} replicas, its most: use another pool")]
+    /// Every slot of the vote table is taken, or there are as many as fit a checkpoint's body.
+    #[error("the pool holds {0} replicas, its most: use another pool, or a larger one")]
     TooMany(usize),
     /// The descriptor is longer than a record holds.
     #[error("replica descriptor of {0} bytes is longer than {DESCRIPTOR_BYTES_MAX}")]
@@ -221,6 +227,10 @@ pub struct PoolStats {
     pub log_since_checkpoint: u64,
     /// Retained log entries, all replicas, in bytes.
     pub retained_bytes: u64,
+    /// What they may be at most; fewer while free segments are few.
+    pub retention_limit: u64,
+    /// Segments of map pages.
+    pub meta_segments: u64,
     /// Payload held by the log cache, in bytes.
     pub cache_bytes: u64,
     /// Unmerged changes of all maps, in bytes.

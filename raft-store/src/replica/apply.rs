@@ -22,8 +22,9 @@ impl<E: Env> ReplicaInner<E> {
             panic!("{}: apply of {id} as a write, which it is not", self.descriptor.replica)
         };
         self.map.borrow().write(branch, sequence, *range, *place, crcs);
+        let blocks = u64::from(range.count);
         drop(log);
-        self.note_delta();
+        self.note_changed(blocks);
         self.advance(id, Some(sequence));
     }
 
@@ -36,7 +37,7 @@ impl<E: Env> ReplicaInner<E> {
         count: u64,
     ) {
         self.map.borrow().trim(branch, sequence, start, count);
-        self.note_delta();
+        self.note_changed(count);
         self.advance(id, Some(sequence));
     }
 

@@ -44,6 +44,8 @@ pub(crate) struct ReplicaInner<E: Env> {
     pub map: RefCell<Rc<Map<E>>>,
     /// This replica's part of [`Shared::delta_bytes`].
     pub delta_bytes: Cell<usize>,
+    /// This replica's part of [`Shared::unmerged_blocks`].
+    pub unmerged_blocks: Cell<u64>,
     pub applied: RefCell<Applied>,
     pub state_source: RefCell<Option<StateSource>>,
     pub restored: RefCell<Restored>,
@@ -55,6 +57,8 @@ pub(crate) struct ReplicaInner<E: Env> {
     pub map_lost: Cell<bool>,
     /// The last entry that the last durable checkpoint has applied.
     pub checkpointed: Cell<Option<LogId>>,
+    /// The membership as of it.
+    pub checkpointed_membership: RefCell<StoredMembership>,
     pub resync: RefCell<Option<Rc<ResyncState<E>>>>,
     /// Resyncs begun so far.
     pub resyncs: Cell<u64>,
@@ -91,6 +95,7 @@ impl<E: Env> ReplicaInner<E> {
             durable: Cell::new(None),
             map: RefCell::new(Rc::new(map)),
             delta_bytes: Cell::new(0),
+            unmerged_blocks: Cell::new(0),
             applied: RefCell::default(),
             state_source: RefCell::new(None),
             restored: RefCell::default(),
@@ -99,6 +104,7 @@ impl<E: Env> ReplicaInner<E> {
             dropped: Cell::new(false),
             map_lost: Cell::new(false),
             checkpointed: Cell::new(None),
+            checkpointed_membership: RefCell::default(),
             resync: RefCell::new(None),
             resyncs: Cell::new(0),
         };
@@ -120,6 +126,37 @@ impl<E: Env> ReplicaInner<E> {
         let now = self.map.borrow().delta_bytes() + resync;
         let total = &self.shared.delta_bytes;
         total.set(total.get() + now - self.delta_bytes.replace(now));
+    }
+
+    /// Map pages that wait for a checkpoint, a resync's too.
+    pub fn dirty_bytes(&self) -> usize {
+        let resync = self.resync.borrow().as_ref().map_or(0, |resync| resync.map.dirty_bytes());
+        self.map.borrow().dirty_bytes() + resync
+    }
+
+    /// Changes of so many blocks came into the map. Rings the keeper when it should merge.
+    pub fn note_changed(&self, blocks: u64) {
+        self.note_delta();
+        // A trim of everything is one change: it calls for a merge, and blocks nobody.
+        let blocks = blocks.min(self.shared.budget.unmerged_blocks / 2 + 1);
+        self.unmerged_blocks.set(self.unmerged_blocks.get() + blocks);
+        let total = &self.shared.unmerged_blocks;
+        total.set(total.get() + blocks);
+        if self.shared.wants_merge() {
+            self.shared.work.notify_one();
+        }
+    }
+
+    /// Changes were merged, of which there were `before` bytes.
+    pub fn note_merged(&self, before: usize) {
+        self.note_delta();
+        let left = self.map.borrow().delta_bytes() as u64;
+        let blocks = self.unmerged_blocks.get();
+        // The changes are not told apart by age: as many blocks as bytes went.
+        let now = blocks * left.min(before as u64) / (before as u64).max(1);
+        self.unmerged_blocks.set(now);
+        let total = &self.shared.unmerged_blocks;
+        total.set(total.get() - blocks + now);
     }
 
     /// Appends a record of this replica, with its next operation number.

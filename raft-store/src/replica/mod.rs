@@ -233,12 +233,20 @@ impl<E: Env> Replica<E> {
     }
 
     /// The log id to purge up to so that at most `bytes` of applied entries stay retained; `None`
-    /// when there is nothing to purge. The layer above passes it to openraft's purge trigger, for
+    /// when there is nothing to purge that a durable checkpoint covers. The layer above passes it to openraft's purge trigger, for
     /// idle groups too: fewer bytes may stay when the pool retains too much or is short of space,
     /// and nothing that lies too far behind the end of the stream (hazard F3).
     pub fn purge_target(&self, bytes: u64) -> Option<LogId> {
         let (bytes, horizon) = self.inner.shared.retention(bytes);
-        self.inner.log.borrow().purge_target(bytes, horizon, self.applied())
+        let covered = self.inner.checkpointed.get().min(self.applied());
+        self.inner.log.borrow().purge_target(bytes, horizon, covered)
+    }
+
+    /// What the last durable checkpoint has of this replica: the last entry applied in it, and the
+    /// membership as of it. `None` before the first that has anything.
+    pub fn checkpointed(&self) -> Option<(LogId, StoredMembership)> {
+        let id = self.inner.checkpointed.get()?;
+        Some((id, self.inner.checkpointed_membership.borrow().clone()))
     }
 
     /// Ids of retained entries whose payload is damaged here: fetch them from a peer (hazard 20).

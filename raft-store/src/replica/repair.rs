@@ -14,7 +14,9 @@ use crate::pool::shared::count;
 use crate::replica::core::ReplicaInner;
 use crate::replica::record::{MovedEntryV1, MovedV1};
 use crate::replica::{DamagedBlock, ReadError, RepairError};
-use crate::stream::{AppendError, RecordHead, RecordKind, SpaceClass, StreamId, StreamPosition};
+use crate::stream::{
+    AppendError, Appended, RecordHead, RecordKind, SpaceClass, StreamId, StreamPosition,
+};
 use crate::types::LogId;
 
 impl<E: Env> ReplicaInner<E> {
@@ -56,7 +58,8 @@ impl<E: Env> ReplicaInner<E> {
         }
         let body = MovedV1::new(damaged.branch, damaged.block, damaged.sequence, &[damaged.crc]);
         let body = body.encode_to_vec();
-        let (to, at) = self.append_cold(&body, payload, &[damaged.crc]).await?;
+        let (to, at) =
+            self.append_cold(SpaceClass::Cleaner, &body, payload, &[damaged.crc]).await?;
         let durable = self.shared.streams.durable(StreamId::Cold, at).await;
         durable.map_err(PoolFailure::from)?;
         let from = self.place_of(&damaged).await?;
@@ -138,25 +141,31 @@ impl<E: Env> ReplicaInner<E> {
     /// Queues payload on the cold stream, waiting for space where there is none.
     pub async fn append_cold(
         &self,
+        class: SpaceClass,
         body: &[u8],
         payload: Payload,
         crcs: &[u32],
     ) -> Result<(Place, StreamPosition), PoolFailure> {
         loop {
             self.shared.check()?;
-            let head = RecordHead {
-                kind: RecordKind::Moved,
-                replica: self.descriptor.replica,
-                op: 0,
-                body,
-            };
-            let streams = &self.shared.streams;
-            let payload = Some(payload.clone());
-            match streams.append(StreamId::Cold, SpaceClass::Cleaner, head, payload, crcs) {
+            match self.try_append_cold(class, body, payload.clone(), crcs) {
                 Ok(appended) => return Ok((appended.place, appended.at)),
                 Err(AppendError::PoolFailed(failed)) => return Err(failed.into()),
                 Err(AppendError::OutOfSpace { .. }) => self.shared.wait_for_space().await,
             }
         }
+    }
+
+    /// As [`Self::append_cold`], without waiting for space: for the keeper, which makes it.
+    pub fn try_append_cold(
+        &self,
+        class: SpaceClass,
+        body: &[u8],
+        payload: Payload,
+        crcs: &[u32],
+    ) -> Result<Appended, AppendError> {
+        let replica = self.descriptor.replica;
+        let head = RecordHead { kind: RecordKind::Moved, replica, op: 0, body };
+        self.shared.streams.append(StreamId::Cold, class, head, Some(payload), crcs)
     }
 }

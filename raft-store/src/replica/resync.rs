@@ -74,7 +74,8 @@ impl<E: Env> Resync<E> {
                         return Err(ResyncError::Full(self.replica.id()));
                     }
                     let body = MovedV1::new(branch, start, sequence, &crcs).encode_to_vec();
-                    let (place, at) = inner.append_cold(&body, payload, &crcs).await?;
+                    let (place, at) =
+                        inner.append_cold(SpaceClass::Normal, &body, payload, &crcs).await?;
                     let range = BlockRange::new(start, crcs.len() as u32);
                     self.state.map.write(branch, sequence, range, place, &crcs);
                     end = Some(at);
@@ -255,6 +256,7 @@ impl<E: Env> ReplicaInner<E> {
         }
         resync.map.unpin(pin);
         *self.resync.borrow_mut() = None;
+        self.shared.drained.borrow_mut().push(resync.map.clone());
         self.note_delta();
         Ok(())
     }

@@ -7,9 +7,6 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
-use ballast_block::geometry::BLOCK_SIZE_U64;
-use ballast_block::limits::TRANSFER_BLOCKS_MAX;
-
 use super::reserves::Reserves;
 use crate::format::segment_header::SegmentUse;
 use crate::format::{PoolGeometry, SegmentNumber};
@@ -111,8 +108,6 @@ pub struct Victim {
     pub segment: SegmentNumber,
     /// Its live blocks.
     pub live_blocks: u32,
-    /// Its stream.
-    pub stream: StreamId,
 }
 
 pub(super) struct Inner {
@@ -126,6 +121,8 @@ pub(super) struct Inner {
     superseded: Vec<(Place, u32)>,
     /// Hot segments from this sequence on are replayed by recovery: never freed, never cleaned.
     replayed_from: u64,
+    /// Segments that streams opened since the pool was opened.
+    opened: u64,
 }
 
 /// The segments of an open pool. Lives on one thread; every call is short and does no I/O.
@@ -193,6 +190,7 @@ impl SegmentTable {
             live_blocks: 0,
             superseded: Vec::new(),
             replayed_from: 0,
+            opened: 0,
         };
         let reserves = Reserves::new(geometry.segments);
         Self { geometry, reserves, inner: RefCell::new(inner) }
@@ -300,36 +298,70 @@ impl SegmentTable {
         }
     }
 
-    /// Bytes that a class may still append for sure, where each record counts its payload and one
-    /// block more: a segment's end may be left unused when the largest record does not fit it.
-    pub fn free_bytes(&self, class: SpaceClass) -> u64 {
+    /// Segments that streams opened since the pool was opened.
+    pub fn opened(&self) -> u64 {
+        self.inner.borrow().opened
+    }
+
+    /// Free segments that a class may take.
+    pub fn free_for(&self, class: SpaceClass) -> u32 {
         let free = self.inner.borrow().free.len() as u32;
-        let usable = free.saturating_sub(self.reserves.kept_from(class));
-        let sure = self.geometry.segment_blocks - 1 - TRANSFER_BLOCKS_MAX as u32;
-        u64::from(usable) * u64::from(sure) * BLOCK_SIZE_U64
+        free.saturating_sub(self.reserves.kept_from(class))
+    }
+
+    /// Segments that a checkpoint made now would free: nothing in them is live or retained.
+    pub fn reclaimable(&self) -> u32 {
+        let inner = self.inner.borrow();
+        let dead = |segment: &&Segment| {
+            matches!(segment.state, SegmentState::Full(_))
+                && segment.live_blocks == 0
+                && segment.retained == 0
+                && segment.pins == 0
+        };
+        inner.segments.iter().filter(dead).count() as u32
+    }
+
+    /// Full segments of map pages, and what lives in them, in blocks.
+    pub fn meta(&self) -> (u32, u64) {
+        let inner = self.inner.borrow();
+        let meta = |segment: &&Segment| segment.state == SegmentState::Full(StreamId::Meta);
+        let all = inner.segments.iter().filter(meta);
+        all.fold((0, 0), |(count, live), one| (count + 1, live + u64::from(one.live_blocks)))
     }
 
     /// The emptiest segments of the hot and cold streams that may be cleaned: with something live,
-    /// without retained entries, before the recovery start of the last durable checkpoint.
-    pub fn victims(&self, most: usize) -> Vec<Victim> {
+    /// at most so many blocks, without retained entries, before the recovery start of the last
+    /// durable checkpoint.
+    pub fn victims(&self, most: usize, live_max: u32) -> Vec<Victim> {
+        self.victims_of(most, live_max, |segment, replayed_from| match segment.state {
+            SegmentState::Full(StreamId::Hot) => segment.sequence < replayed_from,
+            SegmentState::Full(StreamId::Cold) => true,
+            _ => false,
+        })
+    }
+
+    /// The emptiest full segments of map pages, with at most so many live blocks each.
+    pub fn meta_victims(&self, most: usize, live_max: u32) -> Vec<Victim> {
+        let meta = SegmentState::Full(StreamId::Meta);
+        self.victims_of(most, live_max, |segment, _| segment.state == meta)
+    }
+
+    fn victims_of(
+        &self,
+        most: usize,
+        live_max: u32,
+        may: impl Fn(&Segment, u64) -> bool,
+    ) -> Vec<Victim> {
         let inner = self.inner.borrow();
         let mut victims: Vec<Victim> = inner
             .segments
             .iter()
-            .enumerate()
-            .filter_map(|(number, segment)| {
-                let stream = match segment.state {
-                    SegmentState::Full(StreamId::Hot) if segment.sequence < inner.replayed_from => {
-                        StreamId::Hot
-                    }
-                    SegmentState::Full(StreamId::Cold) => StreamId::Cold,
-                    _ => return None,
-                };
-                (segment.live_blocks > 0 && segment.retained == 0).then_some(Victim {
-                    segment: SegmentNumber(number as u32),
-                    live_blocks: segment.live_blocks,
-                    stream,
-                })
+            .zip(0..)
+            .filter(|(segment, _)| (1..=live_max).contains(&segment.live_blocks))
+            .filter(|(segment, _)| segment.retained == 0 && may(segment, inner.replayed_from))
+            .map(|(segment, number)| Victim {
+                segment: SegmentNumber(number),
+                live_blocks: segment.live_blocks,
             })
             .collect();
         victims.sort_by_key(|victim| (victim.live_blocks, victim.segment));
@@ -419,6 +451,7 @@ impl SegmentTable {
     pub(crate) fn open(&self, number: SegmentNumber, stream: StreamId, sequence: u64) -> u64 {
         let mut inner = self.inner.borrow_mut();
         inner.generation += 1;
+        inner.opened += 1;
         let generation = inner.generation;
         let segment = inner.segment(number);
         segment.state = SegmentState::Open(stream);

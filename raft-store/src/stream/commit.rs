@@ -196,6 +196,14 @@ impl<E: Env> StreamSet<E> {
         self.shared().superblock.borrow().checkpoint
     }
 
+    /// Where the hot stream ends, in bytes of whole segments since the pool was made.
+    pub fn hot_position(&self) -> u64 {
+        let shared = self.shared();
+        let (segment, block) = shared.queue(StreamId::Hot).borrow().end();
+        (segment * u64::from(shared.info.geometry.segment_blocks) + u64::from(block))
+            * BLOCK_SIZE as u64
+    }
+
     /// Bytes of the hot stream that recovery would read if the pool were opened now, at most.
     pub fn log_since_checkpoint(&self) -> u64 {
         let shared = self.shared();
