@@ -168,6 +168,9 @@ pub const META_ONE_IN: u32 = 64;
 /// a segment from the seven emptiest at worst, and from four when overwrites are random.
 pub const CAPACITY_PERCENT: u64 = 85;
 
+/// A full pool takes writes again once this part of its capacity is free: writers don't flap.
+pub const FULL_UNTIL_ONE_IN: u64 = 64;
+
 /// Replicas on a pool for each of its segments: their records, some kilobytes each, must fit the
 /// body of a checkpoint.
 pub const REPLICAS_PER_SEGMENT_MAX: usize = 8;

@@ -296,8 +296,9 @@ fn a_purge_never_outruns_the_checkpoint() {
         append(&machine.replica, entries).await.unwrap();
         apply(&machine).await;
         let retained = machine.replica.retained_bytes();
-        let target = machine.replica.purge_target(retained / 2).unwrap();
-        machine.replica.log().purge(target).await.unwrap();
+        // Nothing is covered, so nothing is proposed; who asks all the same gets a checkpoint first.
+        assert_eq!(machine.replica.purge_target(retained / 2), None);
+        machine.replica.log().purge(log_id(1, 4)).await.unwrap();
         assert!(machine.replica.retained_bytes() <= retained / 2);
         assert_eq!(pool.stats().checkpoints, 1);
         append(&machine.replica, vec![write(9, 9, blocks(1, 9))]).await.unwrap();

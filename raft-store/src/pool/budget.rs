@@ -127,7 +127,7 @@ mod tests {
             let geometry = PoolGeometry::for_size(bytes).unwrap();
             let budget = Budget::new(geometry);
             let total = u64::from(geometry.segments) * geometry.segment_bytes();
-            (total >> 20, budget.capacity_blocks * BLOCK_SIZE as u64 >> 20)
+            (total >> 20, (budget.capacity_blocks * BLOCK_SIZE as u64) >> 20)
         };
         let sizes = [PoolGeometry::BYTES_MIN, 512 << 20, 1536 << 20, 16 << 30, 1 << 40];
         let found = sizes.map(capacity);

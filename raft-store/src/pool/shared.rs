@@ -6,7 +6,9 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use ballast_block::geometry::BLOCK_SIZE;
-use ballast_block::limits::{KEEPER_PERIOD_MS, LOG_CACHE_BYTES_MAX, MAP_CACHE_BYTES_MAX};
+use ballast_block::limits::{
+    FULL_UNTIL_ONE_IN, KEEPER_PERIOD_MS, LOG_CACHE_BYTES_MAX, MAP_CACHE_BYTES_MAX,
+};
 use ballast_block::{Payload, ReplicaId};
 use ballast_env::Env;
 use ballast_env::clock::Instant;
@@ -58,6 +60,8 @@ pub(crate) struct Shared<E: Env> {
     pub rung_at: Cell<u64>,
     /// Since when the keeper can free nothing although it should.
     pub useless_since: Cell<Option<Instant>>,
+    /// What lives reached the capacity, and did not get well below it since.
+    full: Cell<bool>,
     /// Where the hot stream stood when the pool was opened.
     opened_at: u64,
     pub failure: watch::Receiver<Option<PoolFailed>>,
@@ -105,6 +109,7 @@ impl<E: Env> Shared<E> {
             purge: Notify::new(),
             rung_at: Cell::new(0),
             useless_since: Cell::new(None),
+            full: Cell::new(false),
             opened_at: streams.hot_position(),
             failure: streams.failure(),
             counters: Counters::default(),
@@ -153,7 +158,12 @@ impl<E: Env> Shared<E> {
     /// does not count; the keeper merges until it is little.
     pub fn is_full(&self) -> bool {
         let live = self.streams.segments().counts().live_blocks;
-        live.saturating_sub(self.unmerged_blocks.get()) >= self.budget.capacity_blocks
+        let capacity = self.budget.capacity_blocks;
+        // Once full, it takes some room to be it no more: writers should not flap at the border.
+        let limit =
+            if self.full.get() { capacity - capacity / FULL_UNTIL_ONE_IN } else { capacity };
+        self.full.set(live.saturating_sub(self.unmerged_blocks.get()) >= limit);
+        self.full.get()
     }
 
     pub fn space(&self) -> Space {
