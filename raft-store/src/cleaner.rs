@@ -187,6 +187,8 @@ impl<E: Env> ReplicaInner<E> {
         if !bad.is_empty() {
             // Not moved: a read or a scrub will name it and have it repaired.
             count(&self.shared.counters.damaged_blocks, bad.len() as u64);
+            tracing::error!(replica = %self.descriptor.replica, %from, block, count = bad.len(),
+                "blocks are damaged: their segment can't be cleaned");
             return Ok(Some(run.count));
         }
         let body = MovedV1::new(run.branch, block, run.sequence, &crcs[range.clone()]);
