@@ -18,4 +18,5 @@ pub mod rng;
 pub mod system;
 pub mod toy;
 pub mod trace;
+pub mod whole;
 pub mod world;

@@ -26,26 +26,46 @@ pub struct Faults {
     pub weights: Vec<u64>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fault {
+/// A kind of fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Fault {
+    /// kill -9 of a node.
     Kill,
+    /// A node loses power.
     PowerLoss,
+    /// A node dies at one of its next effects on the outside world.
     KillSoon,
+    /// All nodes lose power at once.
     PowerLossOfAll,
+    /// SIGSTOP for a while.
     Stop,
+    /// One direction between two machines is cut.
     CutOneWay,
+    /// A node hears and is heard by nobody.
     Isolate,
+    /// A link is slow.
     SlowLink,
+    /// Connections between two machines are reset.
     ResetConnections,
+    /// A disk answers nothing for a while.
     StallDisk,
+    /// A disk is slow.
     SlowDisk,
+    /// A bit of a stored block flips, on the rotten node.
     Rot,
+    /// A node makes a checkpoint.
     Checkpoint,
+    /// A node loses power when its checkpoint is durable.
     CheckpointAndCrash,
+    /// A few operations of a disk take very long.
     SlowWrites,
+    /// Writes to a disk fail.
     FailWrites,
+    /// Reads of the rotten node's disk fail.
     ReadErrors,
+    /// A node hears no other node, but its hosts.
     IsolateFromNodes,
+    /// All nodes lose power at the moment of an answer, with slow disks.
     PowerLossAfterAnswer,
 }
 
@@ -81,6 +101,12 @@ impl Faults {
     pub fn of(rng: &Rng) -> Self {
         let weight = |_| if rng.chance(500_000) { rng.between(1, 10) } else { 0 };
         let every_ms = *rng.pick(&[0, 300, 1_500, 6_000]);
+        Self { every_ms, weights: FAULTS.iter().map(weight).collect() }
+    }
+
+    /// These, all with one weight.
+    pub fn only(faults: &[Fault], every_ms: u64) -> Self {
+        let weight = |fault| u64::from(faults.contains(fault));
         Self { every_ms, weights: FAULTS.iter().map(weight).collect() }
     }
 
@@ -198,10 +224,7 @@ impl<S: System> Nemesis<S> {
             }
             Fault::Rot => self.rot(),
             Fault::Checkpoint => self.system.checkpoint(&self.world, node, || {}),
-            Fault::CheckpointAndCrash => {
-                let doomed = machine.clone();
-                self.system.checkpoint(&self.world, node, move || doomed.crash(Crash::PowerLoss));
-            }
+            Fault::CheckpointAndCrash => self.crash_after_checkpoint(node),
             Fault::SlowWrites | Fault::FailWrites | Fault::ReadErrors => {
                 self.harm_disk(fault, node, duration);
             }
@@ -250,6 +273,26 @@ impl<S: System> Nemesis<S> {
         let disk = self.world.disk(node);
         disk.set_faults(faults);
         self.world.after_ms(duration, move |_| disk.set_faults(DiskFaults::default()));
+    }
+
+    /// Loses the power of a node when its checkpoint is durable, mostly while a few writes hang: then
+    /// the checkpoint must not cover them.
+    fn crash_after_checkpoint(&self, node: NodeId) {
+        let disk = self.world.disk(node);
+        if self.rng.chance(700_000) {
+            let (tail_rate, tail_ms) = (self.rng.between(50_000, 300_000), 3_000);
+            disk.set_faults(DiskFaults { tail_rate, tail_ms, ..Default::default() });
+        }
+        let (system, calm) = (self.system.clone(), self.calm.clone());
+        self.world.after_ms(self.rng.between(1, 300), move |world| {
+            let machine = world.machine(node).expect("a node of the run");
+            system.checkpoint(world, node, move || {
+                disk.set_faults(DiskFaults::default());
+                if !calm.get() {
+                    machine.crash(Crash::PowerLoss);
+                }
+            });
+        });
     }
 
     /// Loses the power of all nodes at the moment of an answer, while all disks are slow: what was

@@ -76,7 +76,9 @@ impl Plan {
             faults,
             drift_ppm: *rng.pick(&[0, 50, 20_000]),
             steps: steps.unwrap_or_else(|| some(300, 3_000)),
-            safety_ms: some(20_000, 120_000),
+            // Time must not end a run whose length was asked for: a stall of a second per answer is
+            // far more than any fault causes.
+            safety_ms: some(20_000, 120_000).max(steps.map_or(0, |steps| steps * 1_000)),
             liveness_ms: 60_000,
         }
     }

@@ -8,11 +8,10 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use ballast_env::planted;
-use ballast_sim::ballast::{Ballast, Sizes};
-use ballast_sim::cluster::{Report, simulate};
+use ballast_sim::nemesis::{Fault, Faults};
 use ballast_sim::plan::Plan;
-use ballast_sim::system::System;
-use ballast_sim::toy::{Planted, Toy};
+use ballast_sim::toy::Planted;
+use ballast_sim::whole::{Order, run_node, run_toy};
 use clap::{Args, Parser, ValueEnum};
 
 /// Runs whole clusters in one thread from one seed, with faults, and checks the guarantees.
@@ -54,6 +53,12 @@ struct RunOptions {
     /// A bug to plant, which the seeds must find.
     #[arg(long, value_enum)]
     plant: Option<PlantedBug>,
+    /// Faults that happen, in place of the seed's own choice.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    faults: Vec<Fault>,
+    /// Mean time between two of --faults, in milliseconds.
+    #[arg(long, default_value_t = 1_000)]
+    every: u64,
     /// Real seconds after which a run counts as hung.
     #[arg(long, default_value_t = 300)]
     limit: u64,
@@ -79,11 +84,24 @@ enum PlantedBug {
 }
 
 impl RunOptions {
+    fn adjust(&self, plan: &mut Plan) {
+        plan.planted = self.planted();
+        if !self.faults.is_empty() {
+            plan.faults = Faults::only(&self.faults, self.every);
+            plan.fault_count = 20;
+        }
+    }
+
     /// The options as they must be given again.
     fn arguments(&self) -> Vec<String> {
         let mut arguments = vec![format!("--system={}", name_of(self.system))];
         arguments.extend(self.steps.map(|steps| format!("--steps={steps}")));
         arguments.extend(self.plant.map(|bug| format!("--plant={}", name_of(bug))));
+        if !self.faults.is_empty() {
+            let names: Vec<String> = self.faults.iter().copied().map(name_of).collect();
+            arguments.push(format!("--faults={}", names.join(",")));
+            arguments.push(format!("--every={}", self.every));
+        }
         arguments.push(format!("--limit={}", self.limit));
         arguments
     }
@@ -145,9 +163,13 @@ fn one(seed: u64, options: &Options) -> ExitCode {
     let verbose = options.verbose;
     // On a thread of its own: hash maps that logging or arguments made have drawn from this
     // thread's random state, and with them the run would be another.
-    let run = std::thread::spawn(move || match of_run.system {
-        SystemName::Node => report(Ballast::new(seed, Sizes::of(seed)), seed, &of_run, verbose),
-        SystemName::Toy => report(Toy::new(of_run.planted_in_toy()), seed, &of_run, verbose),
+    let run = std::thread::spawn(move || {
+        let adjust = |plan: &mut Plan| of_run.adjust(plan);
+        let order = Order { seed, steps: of_run.steps, verbose, adjust: &adjust };
+        match of_run.system {
+            SystemName::Node => run_node(&order),
+            SystemName::Toy => run_toy(&order, of_run.planted_in_toy()),
+        }
     });
     let failure = match run.join() {
         Ok(report) => {
@@ -165,12 +187,6 @@ fn one(seed: u64, options: &Options) -> ExitCode {
     println!("seed {seed}: {failure}");
     println!("replay: simulate --seed {seed} {}", options.run.arguments().join(" "));
     ExitCode::FAILURE
-}
-
-fn report(system: impl System, seed: u64, run: &RunOptions, verbose: bool) -> Report {
-    let mut plan = Plan::of(seed, run.steps, &system);
-    plan.planted = run.planted();
-    simulate(system, seed, plan, verbose)
 }
 
 fn many(options: &Options) -> ExitCode {

@@ -1,0 +1,93 @@
+//! One test per guarantee that the simulator judges, named after it (docs/testing.md), each
+//! under the faults that would break it; and the planted bugs, each found.
+//!
+//! What decides is in `sim/src/oracle/` and `sim/src/cluster.rs`: every run checks all of them.
+
+use std::process::Command;
+
+/// Whether the seeds pass, and what was said.
+fn simulate(arguments: &[&str]) -> (bool, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_simulate"));
+    let output = command.args(arguments).output().expect("the program was built for this test");
+    (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[track_caller]
+fn holds(seeds: &str, faults: &str) {
+    let (seeds, faults) = (format!("--seeds={seeds}"), format!("--faults={faults}"));
+    let (good, said) = simulate(&[&seeds, &faults, "--steps=600", "--every=700"]);
+    assert!(good, "{said}");
+}
+
+#[test]
+fn durable_on_majority() {
+    holds("1000..1002", "power-loss-after-answer,slow-writes");
+}
+
+#[test]
+fn linearizable() {
+    holds("1002..1004", "isolate-from-nodes,cut-one-way,stop");
+}
+
+#[test]
+fn atomic_write() {
+    holds("1004..1006", "kill-soon,power-loss-of-all");
+}
+
+#[test]
+fn fenced() {
+    holds("1006..1008", "isolate,reset-connections,kill");
+}
+
+#[test]
+fn checked() {
+    holds("1008..1010", "rot,read-errors,kill");
+}
+
+#[test]
+fn bounded() {
+    holds("1010..1012", "stop,stall-disk,slow-link");
+}
+
+#[test]
+fn recoverable() {
+    holds("1012..1014", "power-loss-of-all,kill,checkpoint-and-crash");
+}
+
+#[test]
+fn never_forgets() {
+    holds("1014..1016", "fail-writes,power-loss,checkpoint-and-crash");
+}
+
+/// These seeds have volumes as large as their pools.
+#[test]
+fn nothing_lost_when_full() {
+    let (good, said) = simulate(&["--seeds=115..116"]);
+    assert!(good, "{said}");
+}
+
+#[track_caller]
+fn is_found(bug: &str, seed: &str) {
+    let (good, said) = simulate(&[&format!("--plant={bug}"), &format!("--seed={seed}")]);
+    assert!(!good && said.contains("FAILED"), "{bug} was not found: {said}");
+}
+
+#[test]
+fn acknowledging_before_the_flush_is_found() {
+    is_found("early-ack", "7");
+}
+
+#[test]
+fn a_leader_that_resumes_its_term_is_found() {
+    is_found("leader-restore", "12");
+}
+
+#[test]
+fn a_skipped_read_gate_is_found() {
+    is_found("skipped-read-gate", "5");
+}
+
+#[test]
+fn a_cleaner_that_frees_a_live_block_is_found() {
+    is_found("live-block-freed", "11");
+}
