@@ -5,7 +5,7 @@
 #   test.sh [STAGE...]     only these stages (names as printed)
 #
 # Environment: BALLAST_TEST_LIMIT  seconds for everything together (4800)
-#              BALLAST_SIM_SEEDS   how many fixed seeds to simulate (48)
+#              BALLAST_SIM_SEEDS   how many fixed seeds to simulate (50)
 #              BALLAST_SIM_SEED    an additional simulator seed (derived from the commit)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 limit=${BALLAST_TEST_LIMIT:-4800}
 logs=target/test-logs
 # Seeds of the simulator that are always the same: 0 and up.
-fixed_seeds=${BALLAST_SIM_SEEDS:-48}
+fixed_seeds=${BALLAST_SIM_SEEDS:-50}
 only=("$@")
 passed=0 failed=0 current=
 mkdir -p "$logs"

@@ -18,6 +18,7 @@ use ballast_raft_store::pool::{
 };
 use ballast_raft_store::replica::Replica;
 use ballast_raft_store::stream::PoolFailed;
+use ballast_volume::acks::Acks;
 use ballast_volume::family::Family;
 use ballast_volume::group::{Group, StartGroupError};
 use ballast_volume::snapshot::Checkpoint;
@@ -363,7 +364,14 @@ pub(crate) fn raft_net<E: Env>(
     family: FamilyId,
     from: ReplicaId,
 ) -> RaftNet<E> {
-    RaftNet { env: env.clone(), links: links.clone(), family, from, transfers: transfers.clone() }
+    RaftNet {
+        env: env.clone(),
+        links: links.clone(),
+        family,
+        from,
+        transfers: transfers.clone(),
+        acks: Acks::default(),
+    }
 }
 
 /// How groups make the pool checkpoint.

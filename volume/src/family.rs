@@ -23,6 +23,7 @@ use prost::Message;
 use thiserror::Error;
 use tokio::sync::{Mutex, Semaphore};
 
+use crate::acks::NotesAcks;
 use crate::command::{FamilyCommand, FamilyReplyV1};
 use crate::group::{Group, ProposeError, RaftSettings, StartGroupError};
 use crate::locks::RangeLocks;
@@ -141,7 +142,7 @@ impl<E: Env> Family<E> {
         buffers: BufferPool,
     ) -> Result<Self, StartGroupError>
     where
-        N: RaftNetworkFactory<TypeConfig>,
+        N: RaftNetworkFactory<TypeConfig> + NotesAcks,
         N::Network: NetSnapshot<TypeConfig, SnapshotData = GroupSnapshot<E>>,
     {
         let family = replica.family();

@@ -26,6 +26,7 @@ use openraft::{Config, Raft, RaftNetworkFactory, SnapshotPolicy};
 use thiserror::Error;
 use tokio::sync::watch;
 
+use crate::acks::NotesAcks;
 use crate::machine::{DecodeStateError, Machine, StateMachine};
 use crate::read_gate::ReadGate;
 use crate::snapshot::{Checkpoint, GroupSnapshot};
@@ -45,12 +46,13 @@ pub struct RaftSettings {
 }
 
 impl Default for RaftSettings {
-    /// A failed leader is replaced within two seconds; a heartbeat may be lost without notice.
+    /// A follower campaigns when the lease and an election timeout have passed without a sign of the
+    /// leader: after 1.2 to 1.4 s. Three heartbeats may be lost without notice.
     fn default() -> Self {
         Self {
-            heartbeat: Duration::from_millis(200),
-            election_min: Duration::from_millis(700),
-            election_max: Duration::from_millis(1000),
+            heartbeat: Duration::from_millis(150),
+            election_min: Duration::from_millis(500),
+            election_max: Duration::from_millis(700),
         }
     }
 }
@@ -161,7 +163,7 @@ impl<E: Env> Group<E> {
     ) -> Result<Self, StartGroupError>
     where
         M: Machine,
-        N: RaftNetworkFactory<TypeConfig>,
+        N: RaftNetworkFactory<TypeConfig> + NotesAcks,
         N::Network: NetSnapshot<TypeConfig, SnapshotData = GroupSnapshot<E>>,
     {
         let family = replica.family();
@@ -169,6 +171,7 @@ impl<E: Env> Group<E> {
         let machine = StateMachine::new(replica.clone(), machine, applied.clone(), checkpoint)
             .map_err(|problem| StartGroupError::StateUnreadable { family, problem })?;
         let refused = |problem: String| StartGroupError::RaftRefused { family, problem };
+        let acks = network.acks();
         let fresh = is_fresh(&replica).await.map_err(|error| refused(error.to_string()))?;
         let config = settings.config(family, env.is_planted(PlantedBug::LeaderRestore));
         let raft = Raft::new(replica.id().0, config, network, replica.log(), machine)
@@ -181,7 +184,8 @@ impl<E: Env> Group<E> {
         let spread = spread.mul_f64((env.random_u64() % 1000) as f64 / 1000.0);
         let quiet = settings.election_max + spread;
         let quiet_until = if fresh { start } else { start.after(quiet) };
-        let gate = ReadGate::new(env.clone(), raft.clone(), replica.clone(), settings.election_max);
+        let lease = settings.election_max;
+        let gate = ReadGate::new(env.clone(), raft.clone(), replica.clone(), acks, lease);
         let inner = Inner {
             env,
             raft,

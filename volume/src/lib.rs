@@ -3,6 +3,7 @@
 //! Steps 3 (admission), 4 (propose) and 7 (apply's decision) of a write, and the whole of a read
 //! but its disk access. Knows no socket and no peer: the node brings the network.
 
+pub mod acks;
 pub mod command;
 pub mod family;
 pub mod group;

@@ -10,13 +10,14 @@ use std::time::Duration;
 
 use ballast_block::NodeId;
 use ballast_env::Env;
+use ballast_env::clock::Instant;
 use ballast_env::planted::PlantedBug;
-use ballast_env::raft_runtime::RaftInstant;
 use ballast_raft_store::replica::Replica;
 use ballast_raft_store::types::term_of;
-use openraft::async_runtime::{Instant as _, WatchReceiver};
+use openraft::async_runtime::WatchReceiver;
 use thiserror::Error;
 
+use crate::acks::Acks;
 use crate::group::GroupRaft;
 
 /// How often a closed gate of a leader is looked at again.
@@ -35,6 +36,7 @@ pub struct ReadGate<E: Env> {
     env: E,
     raft: GroupRaft<E>,
     replica: Replica<E>,
+    acks: Acks,
     /// 0.75 of the lease.
     window: Duration,
     lease: Duration,
@@ -50,8 +52,14 @@ enum State {
 
 impl<E: Env> ReadGate<E> {
     /// Closed, for a group with that lease.
-    pub fn new(env: E, raft: GroupRaft<E>, replica: Replica<E>, lease: Duration) -> Self {
-        Self { env, raft, replica, window: lease * 3 / 4, lease, shut_in: Cell::new(0) }
+    pub fn new(
+        env: E,
+        raft: GroupRaft<E>,
+        replica: Replica<E>,
+        acks: Acks,
+        lease: Duration,
+    ) -> Self {
+        Self { env, raft, replica, acks, window: lease * 3 / 4, lease, shut_in: Cell::new(0) }
     }
 
     /// Shuts the gate for the rest of `term`.
@@ -71,20 +79,18 @@ impl<E: Env> ReadGate<E> {
         if self.shut_in.get() >= term {
             return State::NotLeader(None);
         }
-        let Some(acked) = leader.last_quorum_acked() else { return State::Closed };
-        let fresh = RaftInstant::now() < acked + self.window || self.is_alone();
+        let now = self.env.now();
+        let fresh = self.followed_until(term, now).is_some_and(|at| now < at.after(self.window));
         // The log of a term starts with its blank entry: an applied entry of the term implies it.
         let settled = self.replica.applied().is_some_and(|id| term_of(&id) == term);
         if fresh && settled { State::Open(term) } else { State::Closed }
     }
 
-    /// Whether this replica is the only voter: a quorum without acknowledgements, which the
-    /// consensus library does not date anew.
-    fn is_alone(&self) -> bool {
+    fn followed_until(&self, term: u64, now: Instant) -> Option<Instant> {
         let metrics = self.raft.server_metrics();
         let metrics = metrics.borrow_watched();
-        let mut voters = metrics.membership_config.membership().voter_ids();
-        voters.all(|voter| voter == self.replica.id().0)
+        let configs = metrics.membership_config.membership().get_joint_config();
+        self.acks.quorum(self.replica.id(), term, configs, now)
     }
 
     /// Whether the gate is open now.

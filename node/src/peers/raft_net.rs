@@ -16,6 +16,7 @@ use ballast_env::clock::Instant;
 use ballast_env::spawn::OwnedTask;
 use ballast_raft_store::replica::Pin;
 use ballast_raft_store::types::{LogId, Member, TypeConfig, Vote};
+use ballast_volume::acks::{Acks, NotesAcks};
 use ballast_volume::snapshot::GroupSnapshot;
 use bytes::Bytes;
 use futures_util::future::LocalBoxFuture;
@@ -103,6 +104,14 @@ pub struct RaftNet<E: Env> {
     pub from: ReplicaId,
     /// Where views are kept while a peer pulls them.
     pub transfers: Rc<Transfers<E>>,
+    /// When members followed this replica, if it leads.
+    pub acks: Acks,
+}
+
+impl<E: Env> NotesAcks for RaftNet<E> {
+    fn acks(&self) -> Acks {
+        self.acks.clone()
+    }
 }
 
 impl<E: Env> RaftNet<E> {
@@ -116,6 +125,7 @@ impl<E: Env> RaftNet<E> {
             node: member.node,
             lane,
             transfers: self.transfers.clone(),
+            acks: self.acks.clone(),
         }
     }
 }
@@ -142,6 +152,7 @@ pub struct RaftClient<E: Env> {
     node: NodeId,
     lane: Lane,
     transfers: Rc<Transfers<E>>,
+    acks: Acks,
 }
 
 fn unreachable(error: &PeerError) -> RPCError<TypeConfig> {
@@ -178,9 +189,13 @@ impl<E: Env> RaftNetworkV2<TypeConfig> for RaftClient<E> {
         let (body, payload) = codec::encode_append(&request);
         let frame = self.frame(Kind::Call, 0, Tag::Append.body(&body));
         let frame = Frame { payload, ..frame };
+        let (term, sent) = (request.vote.leader_id.term, self.env.now());
         let reply = self.links.call(self.node, self.lane, frame, option.hard_ttl()).await;
         let reply = reply.map_err(|error| unreachable(&error))?;
         let result = codec::decode_append_reply(&reply.body).map_err(undecodable)?;
+        if result.is_ok() {
+            self.acks.note(self.to, term, sent);
+        }
         let last = request.entries.last().map(|entry| entry.log_id).or(request.prev_log_id);
         Ok(match result {
             Ok(matched) if matched == last => AppendEntriesResponse::Success,
@@ -320,12 +335,14 @@ struct OpenStream<E: Env> {
     replies: UnboundedReceiver<Result<Frame, PeerError>>,
     progress: Rc<Progress>,
     failed: bool,
+    to: ReplicaId,
+    acks: Acks,
     _sender: OwnedTask,
 }
 
 struct Progress {
-    /// When the frames without an answer were queued, oldest first.
-    unanswered: RefCell<VecDeque<Instant>>,
+    /// The leader's term and the time of queueing of the frames without an answer, oldest first.
+    unanswered: RefCell<VecDeque<(u64, Instant)>>,
     round_trip: Histogram,
     sent: Cell<u64>,
     answered: Cell<u64>,
@@ -363,7 +380,7 @@ impl<E: Env> OpenStream<E> {
                 if shared.sent.get() == shared.answered.get() {
                     shared.since.set(now);
                 }
-                shared.unanswered.borrow_mut().push_back(now);
+                shared.unanswered.borrow_mut().push_back((request.vote.leader_id.term, now));
                 shared.sent.set(shared.sent.get() + 1);
                 let frame = Frame { body, payload, ..template.clone() };
                 // In turn: a follower that catches up is as slow as its disk, and no reason to start
@@ -379,7 +396,8 @@ impl<E: Env> OpenStream<E> {
             shared.changed.notify_one();
         };
         let _sender = OwnedTask(client.env.spawn(sending));
-        Self { env, connection, id, replies, progress, failed: false, _sender }
+        let (to, acks) = (client.to, client.acks.clone());
+        Self { env, connection, id, replies, progress, failed: false, to, acks, _sender }
     }
 
     async fn next(mut self) -> Option<(Rpc<StreamAppendResult<TypeConfig>>, Self)> {
@@ -416,10 +434,14 @@ impl<E: Env> OpenStream<E> {
         self.progress.answered.set(self.progress.answered.get() + 1);
         let now = self.env.now();
         self.progress.since.set(now);
-        if let Some(queued) = self.progress.unanswered.borrow_mut().pop_front() {
+        let result = codec::decode_append_reply(&reply.body).map_err(undecodable)?;
+        if let Some((term, queued)) = self.progress.unanswered.borrow_mut().pop_front() {
             self.progress.round_trip.record(now.since(queued).as_secs_f64());
+            if result.is_ok() {
+                self.acks.note(self.to, term, queued);
+            }
         }
-        codec::decode_append_reply(&reply.body).map_err(undecodable)
+        Ok(result)
     }
 }
 
