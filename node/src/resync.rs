@@ -28,6 +28,9 @@ pub const PAGE_BYTES_MAX: usize = 1 << 20;
 /// Longest wait for a page: the leader reads it from disk.
 const PAGE_MAX: Duration = Duration::from_secs(30);
 
+/// Pause before a difference that found no room is tried again.
+const FULL_PAUSE: Duration = Duration::from_secs(5);
+
 fn refused(error: impl std::fmt::Display) -> PeerError {
     PeerError::Refused(error.to_string())
 }
@@ -65,7 +68,14 @@ pub(crate) async fn accept<E: Env>(
         let more = page_bytes(&page);
         bytes += more;
         meters::add(&inner.meters.resync_received, more);
-        resync.put(page.records).await.map_err(refused)?;
+        if let Err(error) = resync.put(page.records).await {
+            tracing::warn!(replica = %replica.id(), %error, "difference not taken");
+            drop(resync);
+            // The leader offers again at once: room does not come that fast, and each try costs
+            // as much as it pulled.
+            inner.env.sleep(FULL_PAUSE).await;
+            return Err(refused(error));
+        }
         match page.next {
             Some(next) => from_block = next,
             None => break,

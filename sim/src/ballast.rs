@@ -318,11 +318,13 @@ impl Ballast {
         let family = node.family(family)?;
         let applied = family.group().applied_id()?.1;
         let digest = digest(&family, self.0.sizes.volume_blocks).await?;
+        let cramped = node.pool().room().credit < self.0.sizes.volume_blocks * BLOCK_SIZE_U64;
         // What was applied while the blocks were read would make the digest one of no position.
         (family.group().applied_id()?.1 == applied).then_some(ReplicaView {
             volume,
             applied,
             digest,
+            cramped,
         })
     }
 }

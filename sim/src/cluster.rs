@@ -345,7 +345,10 @@ impl<S: System> Cluster<S> {
         let what = "all replicas apply the same entries";
         let views = self.within(self.plan.liveness_ms, what, self.level_replicas(rotten)).await?;
         for (node, replica) in &views {
-            let twin = views.iter().find(|(_, other)| other.volume == replica.volume);
+            let at_one_position = |other: &&(NodeId, ReplicaView)| {
+                (other.1.volume, other.1.applied) == (replica.volume, replica.applied)
+            };
+            let twin = views.iter().find(at_one_position);
             let (other, twin) = twin.expect("it is among them itself");
             if twin.digest != replica.digest {
                 let (volume, applied) = (replica.volume, replica.applied);
@@ -358,6 +361,7 @@ impl<S: System> Cluster<S> {
     /// The replicas of all volumes on all nodes, once those of a volume stand at one position.
     ///
     /// A rotten node may be unable to open its pool or to read all of it: after a while it need not.
+    /// Nor need a minority catch up whose pools have no room for a difference beside what they hold.
     async fn level_replicas(&self, rotten: Option<NodeId>) -> Vec<(NodeId, ReplicaView)> {
         let volumes = self.system.volumes();
         let replicas: Vec<usize> = volumes.iter().map(|one| one.replicas as usize).collect();
@@ -367,12 +371,15 @@ impl<S: System> Cluster<S> {
                 let replicas = self.system.replicas(&self.world, *id).await;
                 views.extend(replicas.into_iter().map(|replica| (*id, replica)));
             }
+            let late = round > ROTTEN_ROUNDS;
             let is_level = |volume: usize| {
-                let of_volume = views.iter().filter(|(_, replica)| replica.volume == volume);
-                let positions: Vec<u64> = of_volume.map(|(_, replica)| replica.applied).collect();
-                let missing = usize::from(rotten.is_some() && round > ROTTEN_ROUNDS);
-                (replicas[volume] - missing..=replicas[volume]).contains(&positions.len())
-                    && positions.iter().all(|position| *position == positions[0])
+                let of_volume = || views.iter().map(|(_, one)| one).filter(|r| r.volume == volume);
+                let newest = of_volume().map(|replica| replica.applied).max();
+                let behind = |one: &&ReplicaView| Some(one.applied) != newest;
+                let missing = usize::from(rotten.is_some() && late);
+                (replicas[volume] - missing..=replicas[volume]).contains(&of_volume().count())
+                    && of_volume().filter(behind).all(|one| one.cramped && late)
+                    && of_volume().filter(behind).count() <= (replicas[volume] - 1) / 2
             };
             if (0..replicas.len()).all(is_level) {
                 return views;
