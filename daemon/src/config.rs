@@ -301,8 +301,8 @@ mod tests {
             ("unix:/run/ballast/nbd.sock", "nowhere", "nowhere"),
             ("format = \"json\"", "format = \"xml\"", "xml"),
             ("level = \"info\"", "level = \"loud\"", "loud"),
-            ("heartbeat_ms = 200", "heartbeat_ms = 500", "election_min_ms"),
-            ("election_max_ms = 1000", "election_max_ms = 600", "election_max_ms"),
+            ("heartbeat_ms = 150", "heartbeat_ms = 500", "election_min_ms"),
+            ("election_max_ms = 700", "election_max_ms = 400", "election_max_ms"),
             ("retention = \"256MiB\"", "retention = \"1KiB\"", "retention"),
             ("retention = \"256MiB\"", "retention = \"much\"", "much"),
         ] {
