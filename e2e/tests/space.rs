@@ -4,6 +4,7 @@
 use ballast_e2e::cluster::{Cluster, MIB, Options};
 use ballast_e2e::process::{output, run};
 use ballast_e2e::verify::Verify;
+use ballast_e2e::wait;
 
 /// Small pools, so that they fill quickly.
 fn small_pools(volume_mib: u64, pool_mib: u64) -> Options {
@@ -42,14 +43,16 @@ impl Growing {
 
     /// Grows by up to 96 MiB from run `first` on, which must not all be taken.
     #[track_caller]
-    fn refused(&self, first: u64) {
+    fn refused(&self, cluster: &Cluster, first: u64) {
+        let before = cluster.ballastctl(1, &["pool", "list"]);
         let taken = fill_from(&self.uri, first, 12);
-        assert!(taken < 12, "a full pool took {taken} runs of 8 MiB more");
+        let after = cluster.ballastctl(1, &["pool", "list"]);
+        assert!(taken < 12, "a full pool took {taken} runs of 8 MiB more:\n{before}\n{after}");
     }
 
     #[track_caller]
     fn taken(&self, first: u64) {
-        assert_eq!(fill_from(&self.uri, first, 1), 1, "there is room again");
+        wait::until_true("room again", 60, || fill_from(&self.uri, first, 1) == 1);
     }
 }
 
@@ -67,7 +70,7 @@ fn a_full_pool_refuses_writes_loses_nothing_and_recovers() {
     let filler = uri.replace("/demo", "/filler");
     let filled = fill(&filler, 128);
     assert!((8..128).contains(&filled), "{filled} runs of 8 MiB went into a pool of 512 MiB");
-    growing.refused(0);
+    growing.refused(&cluster, 0);
     // Reads of both volumes go on.
     run("qemu-io", &["-f", "raw", "-c", "read -P 0x77 0 8M", &filler]);
     assert!(cluster.is_ready(1), "a full pool does not make a node unready");
@@ -79,7 +82,7 @@ fn a_full_pool_refuses_writes_loses_nothing_and_recovers() {
     verify.progress(300, 60);
     // So does a delete.
     fill(&filler, 128);
-    growing.refused(20);
+    growing.refused(&cluster, 20);
     cluster.ballastctl(1, &["volume", "delete", "filler", "--yes"]);
     growing.taken(40);
     verify.progress(1000, 120);
@@ -127,7 +130,7 @@ fn full_nodes(test: &str, count: usize, leads: bool) {
     let leader = (1..=3).find(|node| is_full(*node) == leads).expect("some of both");
     // The lead follows who writes.
     growing.uri = cluster.uri(leader).replace("/demo", "/growing");
-    growing.refused(0);
+    growing.refused(&cluster, 0);
     for (name, node, runs) in &full {
         let uri = cluster.uri(*node).replace("/demo", &format!("/{name}"));
         run("qemu-io", &["-f", "raw", "-c", "read -P 0x77 0 8M", &uri]);
@@ -139,7 +142,7 @@ fn full_nodes(test: &str, count: usize, leads: bool) {
     for (name, node, _) in &full {
         fill(&cluster.uri(*node).replace("/demo", &format!("/{name}")), 128);
     }
-    growing.refused(20);
+    growing.refused(&cluster, 20);
     for (name, _, _) in &full {
         cluster.ballastctl(1, &["volume", "delete", name, "--yes"]);
     }

@@ -3,7 +3,7 @@
 //! Steps 3 and 4 of a write begin here (`execute`). A replica that does not lead answers so at
 //! once, with a hint; nothing is forwarded from here.
 
-use std::cell::{Ref, RefCell};
+use std::cell::{Cell, Ref, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use ballast_block::geometry::BLOCK_SIZE;
 use ballast_block::limits::FAMILY_INFLIGHT_BYTES_MAX;
 use ballast_block::{FamilyId, IoError, NodeId, Payload};
 use ballast_env::Env;
+use ballast_env::clock::Instant;
 use ballast_raft_store::entry::{Command, Origin};
 use ballast_raft_store::replica::{DamagedBlock, Replica};
 use ballast_raft_store::types::{ApplyReply, TypeConfig};
@@ -110,6 +111,8 @@ pub(crate) struct Inner<E: Env> {
     pub(crate) inflight: Semaphore,
     /// Held by the write that waits for room: the others wait behind it, in order.
     pub(crate) room: Mutex<()>,
+    /// When a write last got room.
+    pub(crate) room_taken: Cell<Instant>,
     pub(crate) buffers: BufferPool,
     pub(crate) surroundings: Rc<dyn Surroundings>,
     pub(crate) stages: Stages,
@@ -159,6 +162,7 @@ impl<E: Env> Family<E> {
             locks: RangeLocks::default(),
             inflight: Semaphore::new(FAMILY_INFLIGHT_BYTES_MAX / BLOCK_SIZE),
             room: Mutex::new(()),
+            room_taken: Cell::default(),
             buffers,
             surroundings,
             stages: Stages::default(),

@@ -88,7 +88,14 @@ impl<E: Env> Family<E> {
         // A header block each, at most.
         let bytes = (u64::from(blocks.count) + 1) * BLOCK_SIZE_U64;
         let voters = self.voters();
-        let ask = || self.inner.surroundings.take_room(&voters, bytes);
+        let env = self.inner.group.env();
+        let ask = || {
+            let room = self.inner.surroundings.take_room(&voters, bytes);
+            if room == Room::Taken {
+                self.inner.room_taken.set(env.now());
+            }
+            room
+        };
         if let Ok(_first) = self.inner.room.try_lock() {
             match ask() {
                 Room::Taken => return Ok(()),
@@ -96,7 +103,6 @@ impl<E: Env> Family<E> {
                 Room::Wait(_) => {}
             }
         }
-        let env = self.inner.group.env();
         let turn = async {
             let _turn = self.inner.room.lock().await;
             loop {
@@ -110,7 +116,22 @@ impl<E: Env> Family<E> {
         tokio::select! {
             biased;
             outcome = turn => outcome,
-            () = env.sleep(Duration::from_millis(ROOM_WAIT_MS_MAX)) => Err(IoError::NoSpace),
+            () = self.no_room() => Err(IoError::NoSpace),
+        }
+    }
+
+    /// Returns when no write of this family has got room for [`ROOM_WAIT_MS_MAX`]: as long as those
+    /// in front get some, it is worth waiting.
+    async fn no_room(&self) {
+        let env = self.inner.group.env();
+        let start = env.now();
+        loop {
+            let waited = env.now().since(self.inner.room_taken.get().max(start));
+            let left = Duration::from_millis(ROOM_WAIT_MS_MAX).saturating_sub(waited);
+            if left.is_zero() {
+                return;
+            }
+            env.sleep(left).await;
         }
     }
 
