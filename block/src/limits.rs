@@ -175,8 +175,9 @@ pub const FULL_UNTIL_ONE_IN: u64 = 64;
 /// body of a checkpoint.
 pub const REPLICAS_PER_SEGMENT_MAX: usize = 8;
 
-/// How long a write waits for room, in milliseconds, before it is refused: several rounds of a
-/// keeper, and less than what a client waits for an answer of the leader before it asks again.
+/// How long a write waits for room, in milliseconds, while no write of its family gets any, before
+/// it is refused: several rounds of a keeper. While those in front get some it waits on, also beyond
+/// the time after which a client asks the leader again.
 pub const ROOM_WAIT_MS_MAX: u64 = 3_000;
 
 /// Writers use what is free no faster than all of it in this time, in milliseconds: as it runs out
