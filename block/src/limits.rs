@@ -175,10 +175,23 @@ pub const FULL_UNTIL_ONE_IN: u64 = 64;
 /// body of a checkpoint.
 pub const REPLICAS_PER_SEGMENT_MAX: usize = 8;
 
-/// How long a write waits for room, in milliseconds, while no write of its family gets any, before
-/// it is refused: several rounds of a keeper. While those in front get some it waits on, also beyond
-/// the time after which a client asks the leader again.
+/// How long a write waits for room, in milliseconds, while no write gets any in the pool that it
+/// waits for, before it is refused: several rounds of a keeper. While those in front get some it
+/// waits on.
 pub const ROOM_WAIT_MS_MAX: u64 = 3_000;
+
+/// How long one attempt of a write waits for room, in milliseconds, before its client is told that it
+/// was not proposed and is to ask again: less than a client waits for an answer. An attempt that got
+/// none may have been proposed, and could not be refused for want of space any more.
+pub const ROOM_ATTEMPT_MS_MAX: u64 = 3_500;
+
+/// How long the place of a write is kept that is to ask again, in milliseconds: a few times what the
+/// way to its client and back takes.
+pub const ROOM_PLACE_MS: u64 = 1_000;
+
+/// How far writers may run ahead of the pace that the room left allows, in milliseconds: shorter
+/// waits than a timer's grain of a millisecond would slow down much more than they are meant to.
+pub const ROOM_AHEAD_MS: u64 = 20;
 
 /// Writers use what is free no faster than all of it in this time, in milliseconds: as it runs out
 /// they slow down to what the keeper frees, instead of stopping. A keeper's round takes a part of it.

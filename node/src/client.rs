@@ -332,6 +332,7 @@ impl<E: Env> VolumeClient<E> {
                 // ENOSPC says "not written"; an attempt before this one may still be (hazard F10).
                 Err(ExecuteError::Failed(IoError::NoSpace)) if perhaps_proposed => {}
                 Err(ExecuteError::Failed(error)) => return Err(error),
+                Err(ExecuteError::NoRoomYet) => pause = RETRY_PAUSE_MIN,
                 Err(ExecuteError::NotLeader { hint: Some(hint) }) if hint != target => {
                     perhaps_proposed = true;
                     self.leader.set(Some(hint));

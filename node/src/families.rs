@@ -2,11 +2,11 @@
 
 use std::rc::Rc;
 
-use ballast_block::{FamilyId, Payload, ReplicaId, VolumeId};
+use ballast_block::{FamilyId, NodeId, Payload, ReplicaId, VolumeId};
 use ballast_env::Env;
 use ballast_raft_store::pool::ReplicaDescriptor;
 use ballast_raft_store::replica::{DamagedBlock, Replica};
-use ballast_volume::family::{Family, Room, Surroundings};
+use ballast_volume::family::{Family, Room, RoomAsk, Surroundings};
 use ballast_volume::state::FoundingV1;
 use futures_util::future::LocalBoxFuture;
 use prost::Message;
@@ -15,21 +15,28 @@ use crate::calls::{BlockV1, Tag};
 use crate::node::{Inner, checkpoint_of, raft_net};
 use crate::peers::links::Lane;
 use crate::peers::wire::{Frame, Kind};
+use crate::room::{note_own_room, wait_for_room};
+use crate::room_queue::Who;
 
 /// Longest wait for a peer's copy of a damaged block.
 const FETCH_MAX: std::time::Duration = std::time::Duration::from_secs(5);
 
 struct Around<E: Env> {
     inner: std::rc::Weak<Inner<E>>,
+    family: FamilyId,
 }
 
 impl<E: Env> Surroundings for Around<E> {
-    fn take_room(&self, members: &[ballast_block::NodeId], bytes: u64) -> Room {
+    fn take_room(&self, members: &[NodeId], ask: RoomAsk) -> Room {
         let Some(inner) = self.inner.upgrade() else { return Room::Full };
-        let now = inner.env.now();
-        // Its own word is always of now.
-        inner.room.note(inner.config.node, inner.pool.room().into(), now);
-        inner.room.take(members, bytes, now)
+        note_own_room(&inner);
+        inner.room.take(members, ask.bytes, inner.env.now())
+    }
+
+    fn wait_for_room(&self, members: Vec<NodeId>, ask: RoomAsk) -> LocalBoxFuture<'static, Room> {
+        let Some(inner) = self.inner.upgrade() else { return Box::pin(async { Room::Full }) };
+        let family = self.family;
+        Box::pin(async move { wait_for_room(&inner, Who { family, ask }, members).await })
     }
 
     fn fetch_block(
@@ -48,7 +55,7 @@ async fn fetch<E: Env>(
     wanted: DamagedBlock,
 ) -> Option<Payload> {
     let own = inner.config.node;
-    let peers: Vec<(ballast_block::NodeId, ReplicaId)> = {
+    let peers: Vec<(NodeId, ReplicaId)> = {
         let state = inner.cluster.state();
         let replicas = state.replicas_of(family).filter(|replica| replica.node != own);
         replicas.map(|replica| (replica.node, replica.id)).collect()
@@ -102,7 +109,7 @@ impl<E: Env> Inner<E> {
             return;
         }
         let net = raft_net(&self.env, &self.links, &self.transfers, family, replica.id());
-        let around = Rc::new(Around { inner: Rc::downgrade(self) });
+        let around = Rc::new(Around { inner: Rc::downgrade(self), family });
         let started = Family::start(
             self.env.clone(),
             replica,

@@ -28,4 +28,5 @@ pub mod reconcile;
 pub mod report;
 pub mod resync;
 pub mod room;
+pub mod room_queue;
 pub mod server;

@@ -19,6 +19,7 @@ const STATUS: u32 = 5;
 const DONE: u32 = 0;
 const NOT_LEADER: u32 = 1;
 const STOPPED: u32 = 2;
+const NO_ROOM_YET: u32 = 3;
 
 /// Final errors and their codes; frozen.
 const ERRORS: [(u32, IoError); 6] = [
@@ -116,6 +117,7 @@ pub fn encode_reply(result: Result<OperationReply, ExecuteError>) -> (OperateRep
             reply.hint = hint.map_or(0, |node| node.0);
         }
         Err(ExecuteError::Stopped) => reply.code = STOPPED,
+        Err(ExecuteError::NoRoomYet) => reply.code = NO_ROOM_YET,
         Err(ExecuteError::Failed(error)) => {
             let found = ERRORS.iter().find(|(_, known)| *known == error);
             reply.code = found.map_or(OTHER_ERROR, |&(code, _)| code);
@@ -140,6 +142,7 @@ pub fn decode_reply(
             return Err(ExecuteError::NotLeader { hint });
         }
         STOPPED => return Err(ExecuteError::Stopped),
+        NO_ROOM_YET => return Err(ExecuteError::NoRoomYet),
         code => {
             let found = ERRORS.into_iter().find(|&(known, _)| known == code);
             return Err(ExecuteError::Failed(found.map_or(IoError::Damaged, |(_, error)| error)));

@@ -3,17 +3,15 @@
 //! Steps 3 and 4 of a write begin here (`execute`). A replica that does not lead answers so at
 //! once, with a hint; nothing is forwarded from here.
 
-use std::cell::{Cell, Ref, RefCell};
+use std::cell::{Ref, RefCell};
 use std::rc::Rc;
-use std::time::Duration;
 
 use ballast_block::buffer::BufferPool;
 use ballast_block::command::ReadPart;
 use ballast_block::geometry::BLOCK_SIZE;
 use ballast_block::limits::FAMILY_INFLIGHT_BYTES_MAX;
-use ballast_block::{FamilyId, IoError, NodeId, Payload};
+use ballast_block::{AttachmentId, FamilyId, IoError, NodeId, Payload};
 use ballast_env::Env;
-use ballast_env::clock::Instant;
 use ballast_raft_store::entry::{Command, Origin};
 use ballast_raft_store::replica::{DamagedBlock, Replica};
 use ballast_raft_store::types::{ApplyReply, TypeConfig};
@@ -22,7 +20,7 @@ use openraft::RaftNetworkFactory;
 use openraft::network::NetSnapshot;
 use prost::Message;
 use thiserror::Error;
-use tokio::sync::{Mutex, Semaphore};
+use tokio::sync::Semaphore;
 
 use crate::acks::NotesAcks;
 use crate::command::{FamilyCommand, FamilyReplyV1};
@@ -39,8 +37,13 @@ use crate::state::{FamilyState, FoundingV1};
 pub trait Surroundings: 'static {
     /// Asks the pools of all these nodes for room for a write of `bytes` (hazard F11), and takes it
     /// where it is granted. A node that is not heard does not count: it lags, and catches up or is
-    /// out of the majority.
-    fn take_room(&self, members: &[NodeId], bytes: u64) -> Room;
+    /// out of the majority. Answers at once.
+    fn take_room(&self, members: &[NodeId], ask: RoomAsk) -> Room;
+
+    /// The same for a write that has to wait: in turn, so that a large one gets room beside small
+    /// ones. [`Room::Wait`] is the answer when it took too long for one attempt: who asks again soon
+    /// has kept his place.
+    fn wait_for_room(&self, members: Vec<NodeId>, ask: RoomAsk) -> LocalBoxFuture<'static, Room>;
 
     /// Asks the other replicas of `family` for a block that is damaged here.
     fn fetch_block(
@@ -50,14 +53,25 @@ pub trait Surroundings: 'static {
     ) -> LocalBoxFuture<'static, Option<Payload>>;
 }
 
+/// A write that asks for room. Attachment and request tell a retry, which keeps its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RoomAsk {
+    /// Whose write it is.
+    pub attachment: AttachmentId,
+    /// Its number.
+    pub request: u64,
+    /// What it takes in a pool, in bytes.
+    pub bytes: u64,
+}
+
 /// The pools' answer to a write that asks for room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Room {
     /// It is taken: propose.
     Taken,
-    /// Ask again after this time: space is being freed, or writers are slowed down so that it can.
-    Wait(Duration),
-    /// What lives fills a pool: waiting does not help.
+    /// Not now: space is being freed, or writers are slowed down so that it can.
+    Wait,
+    /// What lives fills a pool, or nobody got room for long: waiting does not help.
     Full,
 }
 
@@ -73,6 +87,9 @@ pub enum ExecuteError {
     /// The family has stopped on this node: ask another.
     #[error("the family has stopped on this node")]
     Stopped,
+    /// The write waits for room in a pool and was not proposed: ask again, with the same request.
+    #[error("no room yet: the write was not proposed")]
+    NoRoomYet,
     /// The operation failed for good.
     #[error(transparent)]
     Failed(#[from] IoError),
@@ -109,10 +126,6 @@ pub(crate) struct Inner<E: Env> {
     pub(crate) state: Rc<RefCell<FamilyState>>,
     pub(crate) locks: RangeLocks,
     pub(crate) inflight: Semaphore,
-    /// Held by the write that waits for room: the others wait behind it, in order.
-    pub(crate) room: Mutex<()>,
-    /// When a write last got room.
-    pub(crate) room_taken: Cell<Instant>,
     pub(crate) buffers: BufferPool,
     pub(crate) surroundings: Rc<dyn Surroundings>,
     pub(crate) stages: Stages,
@@ -161,8 +174,6 @@ impl<E: Env> Family<E> {
             state,
             locks: RangeLocks::default(),
             inflight: Semaphore::new(FAMILY_INFLIGHT_BYTES_MAX / BLOCK_SIZE),
-            room: Mutex::new(()),
-            room_taken: Cell::default(),
             buffers,
             surroundings,
             stages: Stages::default(),

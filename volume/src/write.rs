@@ -3,10 +3,8 @@
 //! Everything that can refuse a write does so here, before it is proposed; what was proposed is
 //! never refused for want of space (guarantee **nothing-lost-when-full**).
 
-use std::time::Duration;
-
 use ballast_block::geometry::{BLOCK_SIZE, BLOCK_SIZE_U64};
-use ballast_block::limits::{ROOM_WAIT_MS_MAX, TRANSFER_BYTES_MAX};
+use ballast_block::limits::TRANSFER_BYTES_MAX;
 use ballast_block::{AlignedBuf, BlockRange, ByteRange, IoError, NodeId};
 use ballast_env::Env;
 use ballast_env::clock::Instant;
@@ -16,7 +14,7 @@ use bytes::Bytes;
 use openraft::async_runtime::WatchReceiver;
 use tokio::sync::SemaphorePermit;
 
-use crate::family::{ExecuteError, Family, OperationReply, Room};
+use crate::family::{ExecuteError, Family, OperationReply, Room, RoomAsk};
 use crate::stages;
 use crate::state::ROOT_BRANCH;
 
@@ -37,7 +35,7 @@ impl<E: Env> Family<E> {
         self.admit(range)?;
         let start = self.inner.group.env().now();
         let blocks = range.covering_blocks();
-        self.take_room(blocks).await?;
+        self.take_room(origin, blocks).await?;
         if range.is_block_aligned() && ballast_block::buffer::is_block_aligned(&data) {
             let _lock = self.inner.locks.shared(blocks).await;
             let _inflight = self.inflight(blocks).await?;
@@ -52,7 +50,7 @@ impl<E: Env> Family<E> {
         range: ByteRange,
     ) -> Result<OperationReply, ExecuteError> {
         self.admit(range)?;
-        self.take_room(range.covering_blocks()).await?;
+        self.take_room(origin, range.covering_blocks()).await?;
         self.merge(origin, range, Over::Zeroes).await
     }
 
@@ -84,54 +82,20 @@ impl<E: Env> Family<E> {
     }
 
     /// Takes room in the pools of all voters; waits for some as long as that is of use.
-    async fn take_room(&self, blocks: BlockRange) -> Result<(), IoError> {
+    async fn take_room(&self, origin: Origin, blocks: BlockRange) -> Result<(), ExecuteError> {
         // A header block each, at most.
         let bytes = (u64::from(blocks.count) + 1) * BLOCK_SIZE_U64;
+        let ask = RoomAsk { attachment: origin.attachment, request: origin.request, bytes };
         let voters = self.voters();
-        let env = self.inner.group.env();
-        let ask = || {
-            let room = self.inner.surroundings.take_room(&voters, bytes);
-            if room == Room::Taken {
-                self.inner.room_taken.set(env.now());
-            }
-            room
-        };
-        if let Ok(_first) = self.inner.room.try_lock() {
-            match ask() {
-                Room::Taken => return Ok(()),
-                Room::Full => return Err(IoError::NoSpace),
-                Room::Wait(_) => {}
-            }
+        let surroundings = &self.inner.surroundings;
+        let mut room = surroundings.take_room(&voters, ask);
+        if room == Room::Wait {
+            room = surroundings.wait_for_room(voters, ask).await;
         }
-        let turn = async {
-            let _turn = self.inner.room.lock().await;
-            loop {
-                match ask() {
-                    Room::Taken => return Ok(()),
-                    Room::Full => return Err(IoError::NoSpace),
-                    Room::Wait(pause) => env.sleep(pause).await,
-                }
-            }
-        };
-        tokio::select! {
-            biased;
-            outcome = turn => outcome,
-            () = self.no_room() => Err(IoError::NoSpace),
-        }
-    }
-
-    /// Returns when no write of this family has got room for [`ROOM_WAIT_MS_MAX`]: as long as those
-    /// in front get some, it is worth waiting.
-    async fn no_room(&self) {
-        let env = self.inner.group.env();
-        let start = env.now();
-        loop {
-            let waited = env.now().since(self.inner.room_taken.get().max(start));
-            let left = Duration::from_millis(ROOM_WAIT_MS_MAX).saturating_sub(waited);
-            if left.is_zero() {
-                return;
-            }
-            env.sleep(left).await;
+        match room {
+            Room::Taken => Ok(()),
+            Room::Wait => Err(ExecuteError::NoRoomYet),
+            Room::Full => Err(IoError::NoSpace.into()),
         }
     }
 
