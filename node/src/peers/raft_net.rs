@@ -47,6 +47,12 @@ const STREAM_PROGRESS_MAX: Duration = Duration::from_secs(10);
 /// entry.
 const COMMIT_HOLD: Duration = Duration::from_millis(5);
 
+/// A frame with fewer bytes of entries has to be answered before the next ones are sent: what is
+/// proposed meanwhile travels together and shares a disk write and an answer (a fifth of a 4 KiB
+/// write's CPU at a depth of 32). Larger ones follow each other without a pause, so that the network
+/// and the disk work at the same time.
+const PIPELINE_FRAME_BYTES: usize = 256 << 10;
+
 /// Longest wait for the answer to a vote: a campaign is over by then.
 const VOTE_MAX: Duration = Duration::from_secs(1);
 
@@ -340,9 +346,17 @@ struct OpenStream<E: Env> {
     _sender: OwnedTask,
 }
 
+struct Sent {
+    /// The leader's term.
+    term: u64,
+    queued: Instant,
+    /// Of entries.
+    bytes: usize,
+}
+
 struct Progress {
-    /// The leader's term and the time of queueing of the frames without an answer, oldest first.
-    unanswered: RefCell<VecDeque<(u64, Instant)>>,
+    /// The frames without an answer, oldest first.
+    unanswered: RefCell<VecDeque<Sent>>,
     round_trip: Histogram,
     sent: Cell<u64>,
     answered: Cell<u64>,
@@ -351,6 +365,18 @@ struct Progress {
     since: Cell<Instant>,
     error: RefCell<Option<PeerError>>,
     changed: tokio::sync::Notify,
+    /// Told of each answer.
+    received: tokio::sync::Notify,
+}
+
+impl Progress {
+    /// Returns when the next frame may go.
+    async fn turn(&self) {
+        let is_small = |sent: &Sent| (1..PIPELINE_FRAME_BYTES).contains(&sent.bytes);
+        while self.unanswered.borrow().iter().any(is_small) {
+            self.received.notified().await;
+        }
+    }
 }
 
 impl<E: Env> OpenStream<E> {
@@ -369,18 +395,26 @@ impl<E: Env> OpenStream<E> {
             since: Cell::new(env.now()),
             error: RefCell::default(),
             changed: tokio::sync::Notify::new(),
+            received: tokio::sync::Notify::new(),
         });
         let template = client.frame(Kind::Append, id, Bytes::new());
         let (shared, clock, out) = (progress.clone(), env.clone(), connection.clone());
         let sending = async move {
             let mut requests = Requests { input: &mut input, held: None, last: None, timer: None };
-            while let Some(request) = requests.next(&clock).await {
+            loop {
+                shared.turn().await;
+                let Some(request) = requests.next(&clock).await else { break };
                 let (body, payload) = codec::encode_append(&request);
+                let bytes = match request.entries.is_empty() {
+                    true => 0,
+                    false => body.len() + payload.iter().map(Bytes::len).sum::<usize>(),
+                };
                 let now = clock.now();
                 if shared.sent.get() == shared.answered.get() {
                     shared.since.set(now);
                 }
-                shared.unanswered.borrow_mut().push_back((request.vote.leader_id.term, now));
+                let term = request.vote.leader_id.term;
+                shared.unanswered.borrow_mut().push_back(Sent { term, queued: now, bytes });
                 shared.sent.set(shared.sent.get() + 1);
                 let frame = Frame { body, payload, ..template.clone() };
                 // In turn: a follower that catches up is as slow as its disk, and no reason to start
@@ -435,7 +469,9 @@ impl<E: Env> OpenStream<E> {
         let now = self.env.now();
         self.progress.since.set(now);
         let result = codec::decode_append_reply(&reply.body).map_err(undecodable)?;
-        if let Some((term, queued)) = self.progress.unanswered.borrow_mut().pop_front() {
+        let sent = self.progress.unanswered.borrow_mut().pop_front();
+        self.progress.received.notify_one();
+        if let Some(Sent { term, queued, .. }) = sent {
             self.progress.round_trip.record(now.since(queued).as_secs_f64());
             if result.is_ok() {
                 self.acks.note(self.to, term, queued);
