@@ -168,6 +168,10 @@ pub const META_ONE_IN: u32 = 64;
 /// a segment from the seven emptiest at worst, and from four when overwrites are random.
 pub const CAPACITY_PERCENT: u64 = 85;
 
+/// A difference is put aside, next to what it replaces, only while this part of a pool's capacity stays
+/// free: beyond it writers would be refused for data that lives only until the difference is installed.
+pub const ASIDE_UNTIL_ONE_IN: u64 = 8;
+
 /// A full pool takes writes again once this part of its capacity is free: writers don't flap.
 pub const FULL_UNTIL_ONE_IN: u64 = 64;
 

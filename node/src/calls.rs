@@ -131,6 +131,9 @@ pub struct DifferenceV1 {
     /// From this block on.
     #[prost(uint64, tag = "3")]
     pub from_block: u64,
+    /// Only what was trimmed is wanted; an older sender gives everything.
+    #[prost(bool, tag = "4")]
+    pub holes: bool,
 }
 
 /// A page of a difference; the blocks travel as the frame's payload, in order.

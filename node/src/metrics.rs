@@ -83,6 +83,11 @@ const GAUGES: [(&str, &str); 36] = [
     ("ballast_raft_last_log_index", "The last entry in this replica's log."),
     ("ballast_raft_applied_index", "The last entry that this replica applied."),
     ("ballast_raft_suspect", "Whether this replica may have forgotten what it acknowledged."),
+    (
+        "ballast_raft_cramped",
+        "Whether this replica can't catch up because its pool has no room for what it lacks.",
+    ),
+    ("ballast_raft_mixed", "Whether a difference replaces this replica's blocks in place."),
     ("ballast_raft_retained_bytes", "Log of this replica kept on disk."),
     (
         "ballast_raft_follower_lag_entries",
@@ -244,6 +249,8 @@ fn group<E: Env>(inner: &Inner<E>, volume: &str, group: &Group<E>) {
         ("ballast_raft_applied_index", metrics.last_applied.map_or(0, |id| id.index) as f64),
         ("ballast_raft_retained_bytes", store.retained_bytes() as f64),
         ("ballast_raft_suspect", flag(store.health() != Health::Good)),
+        ("ballast_raft_cramped", flag(store.is_cramped())),
+        ("ballast_raft_mixed", flag(store.is_mixed())),
     ] {
         gauge!(name, "volume" => volume.to_owned()).set(value);
     }

@@ -12,9 +12,7 @@ use std::rc::{Rc, Weak};
 use std::time::Duration;
 
 use ballast_block::NodeId;
-use ballast_block::limits::{
-    ROOM_AHEAD_MS, ROOM_ATTEMPT_MS_MAX, ROOM_SPREAD_MS, ROOM_WAIT_MS_MAX,
-};
+use ballast_block::limits::{ROOM_AHEAD_MS, ROOM_ATTEMPT_MS_MAX, ROOM_SPREAD_MS, ROOM_WAIT_MS_MAX};
 use ballast_env::Env;
 use ballast_env::clock::Instant;
 use ballast_volume::family::Room;
@@ -339,7 +337,10 @@ mod tests {
         let later = NOW.after(Duration::from_secs(2));
         table.note(NodeId(1), word(2 * MIB, false), later);
         table.serve(later);
-        assert_eq!((large.answer.get(), small.answer.get()), (Some(Room::Taken), Some(Room::Taken)));
+        assert_eq!(
+            (large.answer.get(), small.answer.get()),
+            (Some(Room::Taken), Some(Room::Taken))
+        );
     }
 
     #[test]

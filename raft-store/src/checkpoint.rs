@@ -140,6 +140,7 @@ impl<E: Env> ReplicaInner<E> {
             }),
             resyncs: self.resyncs.get(),
             map_lost: self.map_lost.get(),
+            mixed_upto: self.mixed_upto.get().0,
         };
         let map = self.map();
         let frozen = map.freeze();

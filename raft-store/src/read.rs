@@ -67,6 +67,14 @@ impl<E: Env> ReplicaInner<E> {
         }
     }
 
+    /// Whether what the map shows is of one moment.
+    pub(crate) fn whole(&self) -> Result<(), ReadError> {
+        match self.is_mixed() {
+            true => Err(ReadError::Mixed(self.descriptor.replica)),
+            false => Ok(()),
+        }
+    }
+
     pub(crate) fn map_error(&self, error: &MapError) -> ReadError {
         self.note_map_damage(error);
         if self.map_lost.get() {

@@ -91,9 +91,9 @@ impl Sizes {
             replicas,
             retention_bytes: *rng.pick(&[FAMILY_RETENTION_BYTES_MAX, 8 << 20, 1 << 20]),
             volumes: *rng.pick(&[1, 1, 1, 2, 3]),
-            // More than a small pool holds. Not with several replicas: a difference needs room beside
-            // what it replaces, so one that lags on a full pool stays behind (docs/simulator.md).
-            volume_blocks: if small && rng.chance(300_000) && replicas == 1 {
+            // More than a small pool holds. With several replicas only where each pool has all: else a
+            // pool may have to hold what two others took meanwhile, each as much as it could.
+            volume_blocks: if small && rng.chance(300_000) && (replicas == 1 || replicas == nodes) {
                 16 << 10
             } else {
                 1 << 10
@@ -323,13 +323,11 @@ impl Ballast {
         let family = node.family(family)?;
         let applied = family.group().applied_id()?.1;
         let digest = digest(&family, self.0.sizes.volume_blocks).await?;
-        let cramped = node.pool().room().credit < self.0.sizes.volume_blocks * BLOCK_SIZE_U64;
         // What was applied while the blocks were read would make the digest one of no position.
         (family.group().applied_id()?.1 == applied).then_some(ReplicaView {
             volume,
             applied,
             digest,
-            cramped,
         })
     }
 }

@@ -361,7 +361,6 @@ impl<S: System> Cluster<S> {
     /// The replicas of all volumes on all nodes, once those of a volume stand at one position.
     ///
     /// A rotten node may be unable to open its pool or to read all of it: after a while it need not.
-    /// Nor need a minority catch up whose pools have no room for a difference beside what they hold.
     async fn level_replicas(&self, rotten: Option<NodeId>) -> Vec<(NodeId, ReplicaView)> {
         let volumes = self.system.volumes();
         let replicas: Vec<usize> = volumes.iter().map(|one| one.replicas as usize).collect();
@@ -375,11 +374,9 @@ impl<S: System> Cluster<S> {
             let is_level = |volume: usize| {
                 let of_volume = || views.iter().map(|(_, one)| one).filter(|r| r.volume == volume);
                 let newest = of_volume().map(|replica| replica.applied).max();
-                let behind = |one: &&ReplicaView| Some(one.applied) != newest;
                 let missing = usize::from(rotten.is_some() && late);
                 (replicas[volume] - missing..=replicas[volume]).contains(&of_volume().count())
-                    && of_volume().filter(behind).all(|one| one.cramped && late)
-                    && of_volume().filter(behind).count() <= (replicas[volume] - 1) / 2
+                    && !of_volume().any(|replica| Some(replica.applied) != newest)
             };
             if (0..replicas.len()).all(is_level) {
                 return views;

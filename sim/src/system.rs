@@ -80,6 +80,4 @@ pub struct ReplicaView {
     pub applied: u64,
     /// A digest of the contents at that position.
     pub digest: u64,
-    /// Its pool may have no room for a difference of the whole volume beside what it holds.
-    pub cramped: bool,
 }

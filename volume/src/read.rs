@@ -85,8 +85,8 @@ impl<E: Env> Family<E> {
     fn unreadable(&self, error: ReadError) -> ExecuteError {
         match error {
             ReadError::Pool(_) | ReadError::Dropped(_) => ExecuteError::Stopped,
-            // It is about to hand over to one that can read.
-            ReadError::MapLost(_) if self.inner.group.has_other_voters() => {
+            // It is about to hand over to one that can read, or is not elected any more.
+            ReadError::MapLost(_) | ReadError::Mixed(_) if self.inner.group.has_other_voters() => {
                 ExecuteError::NotLeader { hint: None }
             }
             error => {

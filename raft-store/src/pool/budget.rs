@@ -5,10 +5,10 @@
 
 use ballast_block::geometry::BLOCK_SIZE;
 use ballast_block::limits::{
-    CAPACITY_PERCENT, CHECKPOINT_LOG_BYTES, CHECKPOINT_LOG_ONE_IN, MAP_DELTA_BYTES_MAX,
-    MAP_DIRTY_BYTES_MAX, META_ONE_IN, OPEN_SEGMENTS, POOL_REPLICAS_MAX, POOL_RETENTION_BYTES_MAX,
-    REPLICAS_PER_SEGMENT_MAX, RESERVE_ADMITTED_ONE_IN, RETENTION_ONE_IN, RETENTION_PRESSED_ONE_IN,
-    UNMERGED_ONE_IN, WORKING_ONE_IN, WORKING_SEGMENTS_MIN,
+    ASIDE_UNTIL_ONE_IN, CAPACITY_PERCENT, CHECKPOINT_LOG_BYTES, CHECKPOINT_LOG_ONE_IN,
+    MAP_DELTA_BYTES_MAX, MAP_DIRTY_BYTES_MAX, META_ONE_IN, OPEN_SEGMENTS, POOL_REPLICAS_MAX,
+    POOL_RETENTION_BYTES_MAX, REPLICAS_PER_SEGMENT_MAX, RESERVE_ADMITTED_ONE_IN, RETENTION_ONE_IN,
+    RETENTION_PRESSED_ONE_IN, UNMERGED_ONE_IN, WORKING_ONE_IN, WORKING_SEGMENTS_MIN,
 };
 
 use crate::format::PoolGeometry;
@@ -20,6 +20,11 @@ use crate::stream::SpaceClass;
 pub struct Budget {
     /// Live blocks that the pool takes, data and map: beyond it the pool is full.
     pub capacity_blocks: u64,
+    /// Live blocks up to which differences are put aside; beyond, they replace in place.
+    pub aside_blocks: u64,
+    /// Live blocks up to which a difference may add some: a peer's pool holds what was admitted beyond
+    /// its capacity, and what a follower takes by log is bounded by nothing but space.
+    pub most_blocks: u64,
     /// Free segments, beyond all reserves, for what was admitted and is not appended yet.
     pub admitted: u32,
     /// Free segments, beyond the former, that the keeper works hard to have.
@@ -67,12 +72,16 @@ impl Budget {
         let cleanable = u64::from(segments.saturating_sub(fixed).max(1));
         // Of each segment one block is its header.
         let blocks = cleanable * u64::from(geometry.segment_blocks - 1);
+        let capacity_blocks = blocks * CAPACITY_PERCENT / 100;
+        let beyond = u64::from(admitted + working) * u64::from(geometry.segment_blocks - 1);
         let unmerged_blocks = total / UNMERGED_ONE_IN / BLOCK_SIZE as u64;
         let part_of_memory = |most: usize| {
             usize::try_from(total / UNMERGED_ONE_IN).map_or(most, |part| part.min(most))
         };
         Self {
-            capacity_blocks: blocks * CAPACITY_PERCENT / 100,
+            capacity_blocks,
+            aside_blocks: capacity_blocks - capacity_blocks / ASIDE_UNTIL_ONE_IN,
+            most_blocks: capacity_blocks + beyond,
             admitted,
             working,
             low: segments / 4,

@@ -163,6 +163,7 @@ async fn load_replica<E: Env>(
     };
     let replica = ReplicaInner::with_map(shared.clone(), descriptor, slot, map);
     replica.map_lost.set(lost);
+    replica.mixed_upto.set(Sequence(saved.mixed_upto));
     replica.op.set(saved.op);
     replica.resyncs.set(saved.resyncs);
     if let Some(SuspectV1 { vote_lost, term }) = saved.suspect {
@@ -184,6 +185,8 @@ async fn load_replica<E: Env>(
             id,
             since: Sequence(since),
             from_empty,
+            // Said only while changes come; what of them is here, the map has.
+            in_place: None,
             map,
             installed: installed.into(),
         };

@@ -154,15 +154,30 @@ impl<E: Env> Shared<E> {
         self.budget.pressure(self.streams.segments().counts().free_normal)
     }
 
-    /// Whether what lives is as much as the pool takes. What is not merged may be dead already and
-    /// does not count; the keeper merges until it is little.
-    pub fn is_full(&self) -> bool {
+    /// What lives for certain: what is not merged may be dead already and does not count; the keeper
+    /// merges until it is little.
+    fn settled_live(&self) -> u64 {
         let live = self.streams.segments().counts().live_blocks;
+        live.saturating_sub(self.unmerged_blocks.get())
+    }
+
+    /// Whether a difference finds no room beside what it replaces.
+    pub fn is_crowded(&self) -> bool {
+        self.settled_live() >= self.budget.aside_blocks
+    }
+
+    /// Whether more lives than what peers may have admitted: nothing may be added.
+    pub fn is_overfull(&self) -> bool {
+        self.settled_live() >= self.budget.most_blocks
+    }
+
+    /// Whether what lives is as much as the pool takes.
+    pub fn is_full(&self) -> bool {
         let capacity = self.budget.capacity_blocks;
         // Once full, it takes some room to be it no more: writers should not flap at the border.
         let limit =
             if self.full.get() { capacity - capacity / FULL_UNTIL_ONE_IN } else { capacity };
-        self.full.set(live.saturating_sub(self.unmerged_blocks.get()) >= limit);
+        self.full.set(self.settled_live() >= limit);
         self.full.get()
     }
 
@@ -186,11 +201,15 @@ impl<E: Env> Shared<E> {
         let free = segments.counts().free_normal.saturating_sub(self.budget.admitted);
         let usable = segments.geometry().segment_bytes() - BLOCK_SIZE as u64;
         let credit = u64::from(free) * usable;
+        Room { credit, full: credit == 0 && self.is_stuck() || self.is_full() }
+    }
+
+    /// Whether the keeper has tried in vain to free segments: waiting for one is of no use.
+    pub fn is_stuck(&self) -> bool {
         // For a while a purge of the log may be on its way.
         let now = self.streams.env().now();
         let patience = Duration::from_millis(2 * KEEPER_PERIOD_MS);
-        let useless = self.useless_since.get().is_some_and(|since| now.since(since) > patience);
-        Room { credit, full: credit == 0 && useless || self.is_full() }
+        self.useless_since.get().is_some_and(|since| now.since(since) > patience)
     }
 
     /// Stops the pool, as if by a crash, and lets go of what points back at it.

@@ -55,6 +55,11 @@ pub(crate) struct ReplicaInner<E: Env> {
     pub dropped: Cell<bool>,
     /// The extent map could not be loaded; the one here is empty.
     pub map_lost: Cell<bool>,
+    /// Blocks of the map are as late as this, and others as early as what is applied: a difference
+    /// that takes the place of what it replaces (docs/decisions/0004-difference-in-place.md).
+    pub mixed_upto: Cell<Sequence>,
+    /// Where the log was applied to when a difference found no room; see [`Self::progress`].
+    pub cramped_at: Cell<Option<u64>>,
     /// The last entry that the last durable checkpoint has applied.
     pub checkpointed: Cell<Option<LogId>>,
     /// The membership as of it.
@@ -103,6 +108,8 @@ impl<E: Env> ReplicaInner<E> {
             health: RefCell::new(Health::Good),
             dropped: Cell::new(false),
             map_lost: Cell::new(false),
+            mixed_upto: Cell::new(Sequence(0)),
+            cramped_at: Cell::new(None),
             checkpointed: Cell::new(None),
             checkpointed_membership: RefCell::default(),
             resync: RefCell::new(None),
@@ -115,6 +122,16 @@ impl<E: Env> ReplicaInner<E> {
     /// The map, to be used over an await.
     pub fn map(&self) -> Rc<Map<E>> {
         self.map.borrow().clone()
+    }
+
+    /// Whether the map shows no single moment: some of its blocks are later than what is applied.
+    pub fn is_mixed(&self) -> bool {
+        self.mixed_upto.get() > self.applied.borrow().sequence
+    }
+
+    /// Index behind the last entry applied.
+    pub fn progress(&self) -> u64 {
+        self.applied.borrow().id.map_or(0, |id| id.index + 1)
     }
 
     /// Keeps the pool's sum of unmerged changes right; call after every change of the map.

@@ -7,6 +7,7 @@
 
 mod apply;
 pub(crate) mod core;
+mod install;
 pub(crate) mod record;
 mod repair;
 pub(crate) mod resync;
@@ -69,6 +70,19 @@ impl<E: Env> Replica<E> {
     /// [`ResyncBase::Empty`] helps. The replica is a suspect until then.
     pub fn map_lost(&self) -> bool {
         self.inner.map_lost.get()
+    }
+
+    /// Whether a difference has begun to take the place of what it replaces, and neither its install
+    /// nor the log has brought the replica to the end of it: blocks are of different moments, and
+    /// reads are refused. It votes and acknowledges like any other: its log and votes are whole, and
+    /// nobody is elected who has applied less than the difference.
+    pub fn is_mixed(&self) -> bool {
+        self.inner.is_mixed()
+    }
+
+    /// Whether it lacks a difference for which its pool has no room.
+    pub fn is_cramped(&self) -> bool {
+        self.inner.cramped_at.get() == Some(self.inner.progress())
     }
 
     /// Makes a suspect good again: `term` is the term of a leader that has brought its log up,
@@ -172,6 +186,7 @@ impl<E: Env> Replica<E> {
         branch: BranchId,
         range: BlockRange,
     ) -> Result<Vec<ReadPart>, ReadError> {
+        self.inner.whole()?;
         self.inner.read(branch, None, range).await
     }
 
@@ -185,6 +200,7 @@ impl<E: Env> Replica<E> {
         sequence: Sequence,
         range: BlockRange,
     ) -> Result<Vec<ReadPart>, ReadError> {
+        self.inner.whole()?;
         self.inner.read(branch, Some(sequence), range).await
     }
 
@@ -215,6 +231,7 @@ impl<E: Env> Replica<E> {
         branch: BranchId,
         range: BlockRange,
     ) -> Result<Vec<(bool, u32)>, ReadError> {
+        self.inner.whole()?;
         let runs = self.inner.lookup(branch, None, range).await?;
         let mut answer: Vec<(bool, u32)> = Vec::with_capacity(runs.len());
         for run in runs {

@@ -4,41 +4,43 @@
 //! Order of an install: checkpoint (the changes are durable), Install record (the switch), then the
 //! changes move into the replica's map, where the higher sequence wins whatever the order. A crash
 //! before the record leaves the replica as it was; after it, opening the pool finishes the move.
+//!
+//! Where the pool has no room for both, each change takes the place of what it replaces as it comes:
+//! docs/decisions/0004-difference-in-place.md says why that is safe. Then the install has nothing to
+//! move, and a crash before it leaves a mixed replica, which the log or another difference completes.
 
 use std::cell::Cell;
 use std::rc::Rc;
+use std::time::Duration;
 
 use ballast_block::checksum::block_crcs;
 use ballast_block::geometry::BLOCK_SIZE;
-use ballast_block::{AlignedBuf, BlockRange, Sequence};
+use ballast_block::limits::KEEPER_PERIOD_MS;
+use ballast_block::{BlockRange, BranchId, Payload, Sequence};
 use ballast_env::Env;
 use prost::Message;
 
-use crate::entry::INLINE_BYTES_MAX;
-use crate::map::{ExtentMap, MapError, ROOT_BRANCH};
+use crate::map::{ExtentMap, RunContent};
 use crate::pool::PoolFailure;
-use crate::replica::core::{Map, ReplicaInner};
+use crate::replica::core::Map;
 use crate::replica::record::{InstallV1, MembershipV1, MovedV1};
-use crate::replica::{
-    DiffChange, DiffRecord, InstallState, Replica, Restored, ResyncBase, ResyncError,
-};
-use crate::stream::{RecordKind, SpaceClass, StreamId};
-
-/// Blocks that move into the replica's map at once.
-const DRAIN_BLOCKS: usize = 4096;
+use crate::replica::{DiffChange, DiffRecord, InstallState, Replica, ResyncBase, ResyncError};
+use crate::stream::{AppendError, Appended, SpaceClass, StreamId, StreamPosition};
 
 /// A resync's changes.
 pub(crate) struct ResyncState<E: Env> {
     pub id: u64,
     pub since: Sequence,
     pub from_empty: bool,
+    /// Changes go into the replica's map at once; none is later than this. `map` stays empty.
+    pub in_place: Option<Sequence>,
     pub map: Rc<Map<E>>,
     /// The install record is appended.
     pub installed: Cell<bool>,
 }
 
 /// A resync on its way into a replica: built aside, switched in by one record (hazard F9). Dropped
-/// without [`Resync::install`] it leaves nothing.
+/// without [`Resync::install`] it leaves nothing, or, in place, a mixed replica.
 pub struct Resync<E: Env> {
     replica: Replica<E>,
     state: Rc<ResyncState<E>>,
@@ -50,8 +52,14 @@ impl<E: Env> Resync<E> {
         self.state.since
     }
 
-    /// Takes some changes, checks their bytes and stores them aside. Returns when the pool has
-    /// room for the next (back-pressure). Later changes of a block replace earlier ones.
+    /// Whether changes take the place of what they replace. What was trimmed should come first then:
+    /// it makes room.
+    pub fn is_in_place(&self) -> bool {
+        self.state.in_place.is_some()
+    }
+
+    /// Takes some changes, checks their bytes and stores them. Returns when the pool has room for the
+    /// next (back-pressure). Later changes of a block replace earlier ones.
     ///
     /// # Errors
     /// [`ResyncError`].
@@ -61,8 +69,9 @@ impl<E: Env> Resync<E> {
         for record in records {
             inner.alive()?;
             let DiffRecord { branch, start, count, sequence, change } = record;
+            self.mix(start, sequence)?;
             match change {
-                DiffChange::Hole => self.state.map.mark_hole(branch, sequence, start, count),
+                DiffChange::Hole => self.map().mark_hole(branch, sequence, start, count),
                 DiffChange::Data { crcs, payload } => {
                     let whole = payload.len() == crcs.len() * BLOCK_SIZE
                         && count == crcs.len() as u64
@@ -70,18 +79,15 @@ impl<E: Env> Resync<E> {
                     if !whole {
                         return Err(ResyncError::WrongBytes { block: start });
                     }
-                    if inner.shared.is_full() {
-                        return Err(ResyncError::Full(self.replica.id()));
-                    }
-                    let body = MovedV1::new(branch, start, sequence, &crcs).encode_to_vec();
-                    let (place, at) =
-                        inner.append_cold(SpaceClass::Normal, &body, payload, &crcs).await?;
                     let range = BlockRange::new(start, crcs.len() as u32);
-                    self.state.map.write(branch, sequence, range, place, &crcs);
-                    end = Some(at);
+                    let taken = self.put_data((branch, sequence), range, payload, &crcs).await;
+                    end = taken.inspect_err(|error| self.note_cramped(error))?.or(end);
                 }
             }
-            inner.note_delta();
+            match self.is_in_place() {
+                true => inner.note_changed(count),
+                false => inner.note_delta(),
+            }
         }
         if let Some(at) = end {
             let durable = inner.shared.streams.durable(StreamId::Cold, at).await;
@@ -104,10 +110,7 @@ impl<E: Env> Resync<E> {
             let (install, applied) = (state.applied.index, applied.index);
             return Err(ResyncError::Backwards { install, applied });
         }
-        inner.shared.checkpoint().await.map_err(|error| match error {
-            crate::pool::CheckpointError::Pool(failure) => ResyncError::Pool(failure),
-            other => ResyncError::Checkpoint(other.to_string()),
-        })?;
+        inner.shared.checkpoint().await?;
         let record = InstallV1 {
             resync: self.state.id,
             from_empty: self.state.from_empty,
@@ -121,8 +124,125 @@ impl<E: Env> Resync<E> {
         let durable = inner.shared.streams.durable(StreamId::Hot, at).await;
         durable.map_err(PoolFailure::from)?;
         inner.drain().await?;
+        inner.cramped_at.set(None);
         Ok(())
     }
+
+    /// The map that changes go into.
+    fn map(&self) -> Rc<Map<E>> {
+        match self.is_in_place() {
+            true => self.replica.inner.map(),
+            false => self.state.map.clone(),
+        }
+    }
+
+    /// In place: from here on the replica is mixed. Set before the first change, in memory as they
+    /// are: a checkpoint has both or neither.
+    fn mix(&self, block: u64, sequence: Sequence) -> Result<(), ResyncError> {
+        let Some(upto) = self.state.in_place else { return Ok(()) };
+        if sequence > upto {
+            return Err(ResyncError::TooLate { block, sequence, upto });
+        }
+        let mixed = &self.replica.inner.mixed_upto;
+        mixed.set(mixed.get().max(upto));
+        Ok(())
+    }
+
+    /// Stores one write's blocks; nothing when the replica has them already.
+    async fn put_data(
+        &self,
+        (branch, sequence): (BranchId, Sequence),
+        range: BlockRange,
+        payload: Payload,
+        crcs: &[u32],
+    ) -> Result<Option<StreamPosition>, ResyncError> {
+        let shared = &self.replica.inner.shared;
+        let room = match self.is_in_place() {
+            true => match self.lacks(branch, sequence, range).await? {
+                Lacks::Nothing => return Ok(None),
+                Lacks::Version => true,
+                Lacks::Block => !shared.is_overfull(),
+            },
+            false => !shared.is_crowded(),
+        };
+        if !room {
+            return Err(ResyncError::Full(self.replica.id()));
+        }
+        let body = MovedV1::new(branch, range.start, sequence, crcs).encode_to_vec();
+        let Appended { place, at, .. } = self.append(&body, payload, crcs).await?;
+        self.map().write(branch, sequence, range, place, crcs);
+        Ok(Some(at))
+    }
+
+    /// What of a write the replica's map does not have.
+    async fn lacks(
+        &self,
+        branch: BranchId,
+        sequence: Sequence,
+        range: BlockRange,
+    ) -> Result<Lacks, ResyncError> {
+        let mut lacks = Lacks::Nothing;
+        for run in self.replica.inner.lookup(branch, None, range).await? {
+            lacks = lacks.max(match run.what {
+                RunContent::Hole => Lacks::Block,
+                RunContent::Data { versions, .. } => {
+                    match versions.iter().all(|version| version.sequence >= sequence) {
+                        true => Lacks::Nothing,
+                        false => Lacks::Version,
+                    }
+                }
+            });
+        }
+        Ok(lacks)
+    }
+
+    /// Queues blocks, waiting for space as long as the keeper finds some.
+    async fn append(
+        &self,
+        body: &[u8],
+        payload: Payload,
+        crcs: &[u32],
+    ) -> Result<Appended, ResyncError> {
+        let inner = &self.replica.inner;
+        let period = Duration::from_millis(KEEPER_PERIOD_MS);
+        loop {
+            inner.alive()?;
+            match inner.try_append_cold(SpaceClass::Normal, body, payload.clone(), crcs) {
+                Ok(appended) => return Ok(appended),
+                Err(AppendError::PoolFailed(failed)) => {
+                    return Err(PoolFailure::from(failed).into());
+                }
+                Err(AppendError::OutOfSpace { .. }) if inner.shared.is_stuck() => {
+                    return Err(ResyncError::Full(self.replica.id()));
+                }
+                Err(AppendError::OutOfSpace { .. }) => tokio::select! {
+                    biased;
+                    () = inner.shared.wait_for_space() => {}
+                    () = inner.shared.streams.env().sleep(period) => {}
+                },
+            }
+        }
+    }
+
+    /// Put aside, it is to be tried in place first.
+    fn note_cramped(&self, error: &ResyncError) {
+        let inner = &self.replica.inner;
+        let last_resort = self.is_in_place() || self.state.from_empty;
+        if matches!(error, ResyncError::Full(_)) && last_resort {
+            inner.cramped_at.set(Some(inner.progress()));
+        }
+    }
+}
+
+/// How much of a write a replica lacks, in ascending order of what it needs.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Lacks {
+    /// It has it, or what came later.
+    Nothing,
+    /// It has older blocks, which give their room.
+    Version,
+    /// It has nothing there.
+    Block,
 }
 
 impl<E: Env> Drop for Resync<E> {
@@ -145,127 +265,31 @@ impl<E: Env> Replica<E> {
         if inner.resync.borrow().is_some() {
             return Err(ResyncError::Running(self.id()));
         }
+        if matches!(base, ResyncBase::InPlace(_)) {
+            // What was put aside before gives its room.
+            inner.shared.checkpoint().await?;
+            if inner.resync.borrow().is_some() {
+                return Err(ResyncError::Running(self.id()));
+            }
+        }
         let id = inner.resyncs.get() + 1;
         inner.resyncs.set(id);
         let (since, from_empty) = match base {
-            ResyncBase::Applied => (inner.applied.borrow().sequence, false),
+            ResyncBase::Applied | ResyncBase::InPlace(_) => {
+                (inner.applied.borrow().sequence, false)
+            }
             ResyncBase::Empty => (Sequence(0), true),
+        };
+        let in_place = match base {
+            ResyncBase::InPlace(upto) => Some(upto),
+            ResyncBase::Applied | ResyncBase::Empty => None,
         };
         let shared = &inner.shared;
         let map = Rc::new(ExtentMap::new(shared.map_io.clone(), &shared.pages));
-        let state = ResyncState { id, since, from_empty, map, installed: Cell::new(false) };
+        let installed = Cell::new(false);
+        let state = ResyncState { id, since, from_empty, in_place, map, installed };
         let state = Rc::new(state);
         *inner.resync.borrow_mut() = Some(state.clone());
         Ok(Resync { replica: self.clone(), state })
-    }
-}
-
-impl<E: Env> ReplicaInner<E> {
-    async fn append_install(
-        &self,
-        record: &InstallV1,
-    ) -> Result<crate::stream::StreamPosition, PoolFailure> {
-        let (class, kind) = (SpaceClass::Control, RecordKind::Install);
-        let encoded = record.encode_to_vec();
-        let appended = if encoded.len() <= INLINE_BYTES_MAX {
-            self.append_or_wait(class, kind, &encoded, None, &[]).await?
-        } else {
-            let mut padded = AlignedBuf::zeroed(encoded.len().next_multiple_of(BLOCK_SIZE));
-            padded[..encoded.len()].copy_from_slice(&encoded);
-            let payload = padded.freeze();
-            let crcs: Vec<u32> = block_crcs(&payload).collect();
-            let body = (encoded.len() as u64).to_le_bytes();
-            let appended = self.append_or_wait(class, kind, &body, Some(payload), &crcs).await?;
-            // Nothing refers to it once a checkpoint has the state.
-            self.shared.streams.segments().mark_dead(appended.place, crcs.len() as u32);
-            appended
-        };
-        Ok(appended.at)
-    }
-
-    /// The switch itself: memory only, no await.
-    pub fn switch(&self, state: &InstallState, resync: &ResyncState<E>) {
-        resync.installed.set(true);
-        {
-            let mut applied = self.applied.borrow_mut();
-            applied.membership = state.membership.clone();
-        }
-        let held = self.log.borrow().get(state.applied.index).map(|slot| slot.entry.log_id);
-        if held != Some(state.applied) {
-            // The log goes another way, or does not reach so far: none of it is kept. The payload of
-            // what was applied is the map's, which a difference leaves as it is where nothing changed.
-            let applied = self.applied.borrow().id;
-            if let Some(applied) = applied {
-                self.purge_index(applied);
-            }
-            let purged = self.log.borrow().purged;
-            self.truncate_index(purged);
-        }
-        self.purge_index(state.applied);
-        let mut applied = self.applied.borrow_mut();
-        applied.id = Some(state.applied);
-        applied.sequence = state.sequence;
-        self.durable.set(self.durable.get().max(Some(state.applied)));
-        let mut log = self.log.borrow_mut();
-        log.committed = log.committed.max(Some(state.applied));
-        *self.restored.borrow_mut() = Restored {
-            applied: applied.id,
-            membership: applied.membership.clone(),
-            state: state.state.clone(),
-            sequence: state.sequence,
-        };
-        self.state_is_restored.set(true);
-    }
-
-    /// Moves the changes of an installed resync into the map.
-    pub async fn drain(&self) -> Result<(), ResyncError> {
-        let Some(resync) = self.resync.borrow().clone() else { return Ok(()) };
-        assert!(resync.installed.get());
-        let problem = |error: MapError| ResyncError::Read(self.map_error(&error));
-        if resync.from_empty {
-            let old = self.map.replace(resync.map.clone());
-            *self.resync.borrow_mut() = None;
-            self.map_lost.set(false);
-            self.note_delta();
-            self.shared.abandoned.borrow_mut().push(old);
-            self.shared.work.notify_one();
-            return Ok(());
-        }
-        // What was put twice is reported as freed, before its record is gone.
-        resync.map.merge(0).await.map_err(problem)?;
-        let newest = self.applied.borrow().sequence;
-        let pin = resync.map.pin(ROOT_BRANCH, newest);
-        let mut from = Some(0);
-        while let Some(block) = from {
-            let page = resync.map.diff(pin, Sequence(0), block, DRAIN_BLOCKS).await;
-            let page = page.map_err(problem)?;
-            for run in page.runs {
-                let map = self.map.borrow();
-                match run.data {
-                    None => map.mark_hole(run.branch, run.sequence, run.start, run.count.into()),
-                    Some(data) => {
-                        let range = BlockRange::new(run.start, run.count);
-                        map.write(run.branch, run.sequence, range, data.first, &data.crcs);
-                    }
-                }
-            }
-            from = page.next;
-            self.note_delta();
-            self.map_room().await;
-            self.alive()?;
-        }
-        resync.map.unpin(pin);
-        *self.resync.borrow_mut() = None;
-        self.shared.drained.borrow_mut().push(resync.map.clone());
-        self.note_delta();
-        Ok(())
-    }
-
-    /// Forgets the changes of a resync that will not be installed.
-    pub fn abandon_resync(&self) {
-        let Some(resync) = self.resync.borrow_mut().take() else { return };
-        self.note_delta();
-        self.shared.abandoned.borrow_mut().push(resync.map.clone());
-        self.shared.work.notify_one();
     }
 }

@@ -61,6 +61,10 @@ pub(crate) struct ReplicaV1 {
     /// The extent map can't be read: only a resync from nothing helps.
     #[prost(bool, tag = "15")]
     pub map_lost: bool,
+    /// Blocks of the map are as late as this sequence, which may be above that of `applied`: a
+    /// difference was taking the place of what it replaces. 0 = never.
+    #[prost(uint64, tag = "16")]
+    pub mixed_upto: u64,
 }
 
 /// A suspect's state.

@@ -20,6 +20,8 @@ pub struct Pin<E: Env> {
     id: PinId,
     applied: Option<LogId>,
     sequence: Sequence,
+    /// The replica was not mixed: the view is of one moment.
+    whole: bool,
 }
 
 impl<E: Env> Pin<E> {
@@ -55,7 +57,8 @@ impl<E: Env> Replica<E> {
         };
         let map = self.inner.map();
         let id = map.pin(ROOT_BRANCH, sequence);
-        Pin { replica: self.clone(), map, id, applied, sequence }
+        let whole = !self.is_mixed();
+        Pin { replica: self.clone(), map, id, applied, sequence, whole }
     }
 
     /// Changes with a sequence above `since` that `pin` shows, from block `from_block`, at most
@@ -70,13 +73,7 @@ impl<E: Env> Replica<E> {
         from_block: u64,
         max_bytes: usize,
     ) -> Result<DiffPage, ReadError> {
-        self.inner.usable()?;
-        let max_blocks = (max_bytes / BLOCK_SIZE).max(1);
-        let page = pin.map.diff(pin.id, since, from_block, max_blocks).await;
-        let page = page.map_err(|error| match error {
-            MapError::DiffTooOld { floor, .. } => ReadError::DiffTooOld { since, floor },
-            other => self.inner.map_error(&other),
-        })?;
+        let page = self.inner.diff_runs(pin, since, from_block, max_bytes).await?;
         let next = page.next;
         let read = page.runs.into_iter().map(|run| self.inner.read_diff_run(run));
         let mut records = Vec::new();
@@ -93,9 +90,48 @@ impl<E: Env> Replica<E> {
         }
         Err(ReadError::Damaged { replica: self.id(), blocks: damaged })
     }
+
+    /// As [`Self::diff`], but only what was trimmed: cheap, and it makes room for the rest.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub async fn diff_holes(
+        &self,
+        pin: &Pin<E>,
+        since: Sequence,
+        from_block: u64,
+        max_bytes: usize,
+    ) -> Result<DiffPage, ReadError> {
+        let page = self.inner.diff_runs(pin, since, from_block, max_bytes).await?;
+        let holes = page.runs.into_iter().filter(|run| run.data.is_none());
+        let records = holes.map(|DiffRun { start, count, branch, sequence, .. }| {
+            let (count, change) = (count.into(), DiffChange::Hole);
+            DiffRecord { branch, start, count, sequence, change }
+        });
+        Ok(DiffPage { records: records.collect(), next: page.next })
+    }
 }
 
 impl<E: Env> ReplicaInner<E> {
+    async fn diff_runs(
+        &self,
+        pin: &Pin<E>,
+        since: Sequence,
+        from_block: u64,
+        max_bytes: usize,
+    ) -> Result<crate::map::DiffPage, ReadError> {
+        self.usable()?;
+        if !pin.whole {
+            return Err(ReadError::Mixed(self.descriptor.replica));
+        }
+        let max_blocks = (max_bytes / BLOCK_SIZE).max(1);
+        let page = pin.map.diff(pin.id, since, from_block, max_blocks).await;
+        page.map_err(|error| match error {
+            MapError::DiffTooOld { floor, .. } => ReadError::DiffTooOld { since, floor },
+            other => self.map_error(&other),
+        })
+    }
+
     async fn read_diff_run(&self, run: DiffRun) -> Result<DiffRecord, ReadError> {
         let DiffRun { start, count, branch, sequence, data } = run;
         let record = |change| DiffRecord { branch, start, count: count.into(), sequence, change };

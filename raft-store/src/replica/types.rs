@@ -6,7 +6,7 @@ use ballast_block::{BranchId, Payload, ReplicaId, Sequence};
 use bytes::Bytes;
 use thiserror::Error;
 
-use crate::pool::PoolFailure;
+use crate::pool::{CheckpointError, PoolFailure};
 use crate::types::{LogId, StoredMembership};
 
 /// Whether a replica's memory of what it acknowledged can be trusted (hazard F6).
@@ -94,6 +94,9 @@ pub enum ReadError {
     /// Its extent map was damaged when the pool was opened.
     #[error("the extent map of {0} can't be read: resync it from nothing")]
     MapLost(ReplicaId),
+    /// A difference takes the place of what it replaces, and is not whole yet.
+    #[error("{0} is being brought up in place: its blocks are of different moments")]
+    Mixed(ReplicaId),
     /// The difference reaches too far back: what was trimmed since is forgotten.
     #[error("no difference since {since} any more, only since {floor}: resync from nothing")]
     DiffTooOld {
@@ -202,6 +205,12 @@ pub enum ResyncBase {
     Applied,
     /// Nothing: everything is put. For a fresh replica, or one whose map is lost.
     Empty,
+    /// As `Applied`, but each change takes the place of what it replaces at once, because the pool has
+    /// no room for both. From the first change on the replica is mixed ([`Replica::is_mixed`]) until
+    /// it has applied this sequence, that of the state which is put; crash or not.
+    ///
+    /// [`Replica::is_mixed`]: crate::replica::Replica::is_mixed
+    InPlace(Sequence),
 }
 
 /// The state that an install switches to.
@@ -230,9 +239,19 @@ pub enum ResyncError {
         /// The block.
         block: u64,
     },
-    /// The pool has no room for it.
-    #[error("the pool is too full to resync {0}")]
+    /// The pool has no room for it; put aside, it may have some in place.
+    #[error("the pool has no room for what {0} lacks")]
     Full(ReplicaId),
+    /// A change is later than the state that is put.
+    #[error("resync record at block {block} is of {sequence}, behind the {upto} announced")]
+    TooLate {
+        /// The block.
+        block: u64,
+        /// The change's.
+        sequence: Sequence,
+        /// The state's.
+        upto: Sequence,
+    },
     /// The new state would be older than what is applied.
     #[error("install at index {install} is behind what is applied, {applied}")]
     Backwards {
@@ -250,4 +269,13 @@ pub enum ResyncError {
     /// The pool stopped.
     #[error(transparent)]
     Pool(#[from] PoolFailure),
+}
+
+impl From<CheckpointError> for ResyncError {
+    fn from(error: CheckpointError) -> Self {
+        match error {
+            CheckpointError::Pool(failure) => ResyncError::Pool(failure),
+            other => ResyncError::Checkpoint(other.to_string()),
+        }
+    }
 }

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
 pub mod model;
+pub mod node;
 
 use std::cell::RefCell;
 use std::io;

@@ -223,7 +223,7 @@ impl System for Toy {
 
     async fn replicas(&self, _world: &World, node: NodeId) -> Vec<ReplicaView> {
         let (applied, digest) = self.handle(node).applied();
-        vec![ReplicaView { volume: 0, applied, digest, cramped: false }]
+        vec![ReplicaView { volume: 0, applied, digest }]
     }
 
     fn fences(&self) -> bool {
