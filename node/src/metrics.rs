@@ -48,7 +48,7 @@ const COUNTERS: [(&str, &str); 19] = [
     ("ballast_cluster_changes_total", "Changes of the cluster's state, ever, as applied here."),
 ];
 
-const GAUGES: [(&str, &str); 36] = [
+const GAUGES: [(&str, &str); 38] = [
     ("ballast_recovery_seconds", "How long the last start took to open the pool."),
     ("ballast_peer_queue_bytes", "Waiting to be sent to the peer."),
     ("ballast_node_ready", "Whether the cluster has accepted this start of the node."),
