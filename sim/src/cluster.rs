@@ -24,8 +24,8 @@ use crate::world::{World, run};
 /// First machine number of hosts.
 const HOSTS: u32 = 1_000;
 
-/// Times that replicas are compared before a rotten one is left out.
-const ROTTEN_ROUNDS: u64 = 100;
+/// How long replicas are compared before a rotten one is left out, in milliseconds of virtual time.
+const ROTTEN_MS: u64 = 15_000;
 
 /// How long the first start may take, in milliseconds of virtual time.
 const START_MS: u64 = 60_000;
@@ -364,13 +364,14 @@ impl<S: System> Cluster<S> {
     async fn level_replicas(&self, rotten: Option<NodeId>) -> Vec<(NodeId, ReplicaView)> {
         let volumes = self.system.volumes();
         let replicas: Vec<usize> = volumes.iter().map(|one| one.replicas as usize).collect();
-        for round in 0_u64.. {
+        let start = self.world.now_ms();
+        loop {
             let mut views = Vec::new();
             for id in &self.nodes {
                 let replicas = self.system.replicas(&self.world, *id).await;
                 views.extend(replicas.into_iter().map(|replica| (*id, replica)));
             }
-            let late = round > ROTTEN_ROUNDS;
+            let late = self.world.now_ms() > start + ROTTEN_MS;
             let is_level = |volume: usize| {
                 let of_volume = || views.iter().map(|(_, one)| one).filter(|r| r.volume == volume);
                 let newest = of_volume().map(|replica| replica.applied).max();
@@ -383,7 +384,6 @@ impl<S: System> Cluster<S> {
             }
             self.world.sleep_ms(100).await;
         }
-        unreachable!("the rounds do not end")
     }
 
     async fn until(&self, what: &str, done: impl Fn() -> bool) -> Result<(), Failure> {
