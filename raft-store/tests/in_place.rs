@@ -242,11 +242,21 @@ fn a_second_try_stores_only_what_is_missing() {
     });
 }
 
+/// Blocks of one write on a full pool.
+const BLOCKS: u32 = 64;
+
+fn record(slot: u64, sequence: u64) -> DiffRecord {
+    let payload = blocks(BLOCKS, sequence);
+    let crcs: Rc<[u32]> = block_crcs(&payload).collect();
+    let (start, count) = (slot * u64::from(BLOCKS), u64::from(BLOCKS));
+    let change = DiffChange::Data { crcs, payload };
+    DiffRecord { branch: ROOT_BRANCH, start, count, sequence: Sequence(sequence), change }
+}
+
 /// A pool as full as writers may make it: every block of it replaced, and other blocks taken for those
 /// that were trimmed.
 #[test]
 fn a_full_pool_takes_a_difference_in_place() {
-    const BLOCKS: u32 = 64;
     run(async {
         let follower = Node::new().await;
         let slots = follower.pool.space().capacity / u64::from(BLOCKS) / BLOCK_SIZE as u64;
@@ -258,14 +268,6 @@ fn a_full_pool_takes_a_difference_in_place() {
             }
         }
         let applied = follower.replica().applied().unwrap();
-        let record = |slot: u64, sequence: u64| {
-            let payload = blocks(BLOCKS, sequence);
-            let crcs: Rc<[u32]> = block_crcs(&payload).collect();
-            let (start, count) = (slot * u64::from(BLOCKS), u64::from(BLOCKS));
-            let (branch, sequence) = (ROOT_BRANCH, Sequence(sequence));
-            let change = DiffChange::Data { crcs, payload };
-            DiffRecord { branch, start, count, sequence, change }
-        };
         let aside = follower.replica().resync(ResyncBase::Applied).await.unwrap();
         let refused = aside.put(vec![record(0, slots + 1)]).await;
         assert!(matches!(refused, Err(ResyncError::Full(_))), "{refused:?}");
