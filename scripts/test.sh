@@ -144,10 +144,6 @@ for seed in 50 77 238; do
     seeds_stage "seed-$seed" --seed "$seed"
 done
 seeds_stage commit-seed --seed "$BALLAST_SIM_SEED"
-# One at a time: each wants the machine's two cores, and some measure stalls. Those named here do
-# not pass every time at this commit: docs/testing.md, "Known to fail"; `test-long.sh` runs them.
-known_to_fail=(a_full_follower_refuses_writes_and_recovers a_full_leader_refuses_writes_and_recovers
-    two_full_followers_refuse_writes_and_recover)
-echo "known to fail, not run: ${known_to_fail[*]}"
-run_stage processes '^e2e$' --test-threads=1 "${known_to_fail[@]/#/--skip=}"
+# One at a time: each wants the machine's two cores, and some measure stalls.
+run_stage processes '^e2e$' --test-threads=1
 current=

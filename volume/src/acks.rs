@@ -3,7 +3,7 @@
 //! Ours, because the consensus library dates an answer by the last request that it made for the same
 //! log position, which may be one that was made, or sent, long after the one that is answered.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
@@ -15,6 +15,7 @@ use ballast_env::clock::Instant;
 #[derive(Clone, Default)]
 pub struct Acks {
     members: Rc<RefCell<BTreeMap<u64, (u64, Instant)>>>,
+    wanted_gone: Rc<Cell<u64>>,
 }
 
 /// A network that notes the answers of members.
@@ -29,6 +30,17 @@ impl Acks {
         let mut members = self.members.borrow_mut();
         let known = members.entry(member.0).or_insert((term, sent));
         *known = (*known).max((term, sent));
+    }
+
+    /// The log up to this index is more than may be kept: no request should hold on to it that a
+    /// member does not answer (hazard F8).
+    pub fn want_gone(&self, index: u64) {
+        self.wanted_gone.set(self.wanted_gone.get().max(index));
+    }
+
+    /// Up to which index the log is to go.
+    pub fn wanted_gone(&self) -> u64 {
+        self.wanted_gone.get()
     }
 
     /// Until when a majority of each of the `configs` certainly followed the leader `own` of `term`;

@@ -26,7 +26,7 @@ use openraft::{Config, Raft, RaftNetworkFactory, SnapshotPolicy};
 use thiserror::Error;
 use tokio::sync::watch;
 
-use crate::acks::NotesAcks;
+use crate::acks::{Acks, NotesAcks};
 use crate::machine::{DecodeStateError, Machine, StateMachine};
 use crate::read_gate::ReadGate;
 use crate::snapshot::{Checkpoint, GroupSnapshot};
@@ -138,6 +138,7 @@ pub(crate) struct Inner<E: Env> {
     pub(crate) replica: Replica<E>,
     pub(crate) settings: RaftSettings,
     pub(crate) gate: ReadGate<E>,
+    pub(crate) acks: Acks,
     applied: Rc<watch::Sender<Option<LogId>>>,
     /// Until then this process neither votes nor campaigns (hazard F4a).
     quiet_until: Instant,
@@ -185,13 +186,14 @@ impl<E: Env> Group<E> {
         let quiet = settings.election_max + spread;
         let quiet_until = if fresh { start } else { start.after(quiet) };
         let lease = settings.election_max;
-        let gate = ReadGate::new(env.clone(), raft.clone(), replica.clone(), acks, lease);
+        let gate = ReadGate::new(env.clone(), raft.clone(), replica.clone(), acks.clone(), lease);
         let inner = Inner {
             env,
             raft,
             replica,
             settings,
             gate,
+            acks,
             applied,
             quiet_until,
             used: Cell::new(start),

@@ -38,6 +38,9 @@ impl<E: Env> Group<E> {
             covered = covered => covered,
             () = env.sleep(SNAPSHOT_WAIT_MAX) => false,
         };
+        if covered {
+            self.inner.acks.want_gone(target.index);
+        }
         covered && raft.trigger().purge_log(target.index).await.is_ok()
     }
 }

@@ -30,6 +30,9 @@ pub enum PeerError {
     /// More waits for it than the queue may hold: it is slow or hangs.
     #[error("queue to the peer is full")]
     QueueFull,
+    /// No answer to entries that are no longer to be kept.
+    #[error("peer is slower than the log may grow")]
+    BehindRetention,
     /// No answer within the limit.
     #[error("peer did not answer in time")]
     TimedOut,

@@ -47,6 +47,10 @@ const STREAM_PROGRESS_MAX: Duration = Duration::from_secs(10);
 /// entry.
 const COMMIT_HOLD: Duration = Duration::from_millis(5);
 
+/// Longest wait for the answer to entries that the log is not to keep any more. What is not answered
+/// yet holds up the purge: a peer that hangs would have the log grow until its silence is noticed.
+const UNKEPT_WAIT_MAX: Duration = Duration::from_millis(500);
+
 /// A frame with fewer bytes of entries has to be answered before the next ones are sent: what is
 /// proposed meanwhile travels together and shares a disk write and an answer (a fifth of a 4 KiB
 /// write's CPU at a depth of 32). Larger ones follow each other without a pause, so that the network
@@ -352,6 +356,8 @@ struct Sent {
     queued: Instant,
     /// Of entries.
     bytes: usize,
+    /// The index of the first entry, if there is one.
+    first: Option<u64>,
 }
 
 struct Progress {
@@ -376,6 +382,15 @@ impl Progress {
         while self.unanswered.borrow().iter().any(is_small) {
             self.received.notified().await;
         }
+    }
+
+    /// Whether entries up to `wanted_gone` wait for an answer for too long.
+    fn holds_log(&self, wanted_gone: u64, now: Instant) -> bool {
+        let unanswered = self.unanswered.borrow();
+        let first = unanswered.iter().find(|sent| sent.first.is_some());
+        first.is_some_and(|sent| {
+            sent.first <= Some(wanted_gone) && now.since(sent.queued) >= UNKEPT_WAIT_MAX
+        })
     }
 }
 
@@ -414,7 +429,9 @@ impl<E: Env> OpenStream<E> {
                     shared.since.set(now);
                 }
                 let term = request.vote.leader_id.term;
-                shared.unanswered.borrow_mut().push_back(Sent { term, queued: now, bytes });
+                let first = request.entries.first().map(|entry| entry.log_id.index);
+                let sent = Sent { term, queued: now, bytes, first };
+                shared.unanswered.borrow_mut().push_back(sent);
                 shared.sent.set(shared.sent.get() + 1);
                 let frame = Frame { body, payload, ..template.clone() };
                 // In turn: a follower that catches up is as slow as its disk, and no reason to start
@@ -451,11 +468,15 @@ impl<E: Env> OpenStream<E> {
             if waiting && left.is_zero() {
                 break Err(unreachable(&PeerError::TimedOut));
             }
+            if self.progress.holds_log(self.acks.wanted_gone(), self.env.now()) {
+                break Err(unreachable(&PeerError::BehindRetention));
+            }
+            let pause = left.min(UNKEPT_WAIT_MAX / 2);
             tokio::select! {
                 biased;
                 reply = self.replies.recv() => break self.take(reply),
                 () = self.progress.changed.notified() => {}
-                () = self.env.sleep(left), if waiting => {}
+                () = self.env.sleep(pause), if waiting => {}
             }
         };
         self.failed = !matches!(result, Ok(Ok(_)));
