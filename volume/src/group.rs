@@ -28,7 +28,7 @@ use tokio::sync::watch;
 
 use crate::acks::{Acks, NotesAcks};
 use crate::machine::{DecodeStateError, Machine, StateMachine};
-use crate::read_gate::ReadGate;
+use crate::read_gate::{self, ReadGate};
 use crate::snapshot::{Checkpoint, GroupSnapshot};
 
 /// A Raft handle of a group.
@@ -276,7 +276,8 @@ impl<E: Env> Group<E> {
 
     /// The term in which this replica leads, as far as it knows.
     pub fn leading_term(&self) -> Option<u64> {
-        self.inner.raft.as_leader().ok().map(|leader| leader.term())
+        let metrics = self.inner.raft.metrics();
+        read_gate::leading_term(&metrics.borrow_watched())
     }
 
     /// Whether the group has other voters than this replica.

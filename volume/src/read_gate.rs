@@ -10,11 +10,11 @@ use std::time::Duration;
 
 use ballast_block::NodeId;
 use ballast_env::Env;
-use ballast_env::clock::Instant;
 use ballast_env::planted::PlantedBug;
 use ballast_raft_store::replica::Replica;
-use ballast_raft_store::types::term_of;
+use ballast_raft_store::types::{TypeConfig, term_of};
 use openraft::async_runtime::WatchReceiver;
+use openraft::{RaftMetrics, ServerState};
 use thiserror::Error;
 
 use crate::acks::Acks;
@@ -50,6 +50,20 @@ enum State {
     NotLeader(Option<NodeId>),
 }
 
+/// The term in which the replica leads.
+///
+/// Not openraft's `as_leader`: that goes by the last vote on disk, and a leader that restarted has its
+/// old one there until the next election, while it leads nothing (hazard F1).
+pub(crate) fn leading_term(metrics: &RaftMetrics<TypeConfig>) -> Option<u64> {
+    let leads = metrics.state == ServerState::Leader && metrics.current_leader == Some(metrics.id);
+    leads.then_some(metrics.current_term)
+}
+
+fn other_leader(metrics: &RaftMetrics<TypeConfig>) -> Option<NodeId> {
+    let leader = metrics.current_leader.filter(|leader| *leader != metrics.id)?;
+    metrics.membership_config.membership().get_node(&leader).map(|member| member.node)
+}
+
 impl<E: Env> ReadGate<E> {
     /// Closed, for a group with that lease.
     pub fn new(
@@ -68,11 +82,12 @@ impl<E: Env> ReadGate<E> {
     }
 
     fn state(&self) -> State {
-        let leader = match self.raft.as_leader() {
-            Ok(leader) => leader,
-            Err(forward) => return State::NotLeader(forward.leader_node.map(|member| member.node)),
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let term = match leading_term(&metrics) {
+            Some(term) => term,
+            None => return State::NotLeader(other_leader(&metrics)),
         };
-        let term = leader.term();
         if self.env.is_planted(PlantedBug::SkippedReadGate) {
             return State::Open(term);
         }
@@ -80,17 +95,12 @@ impl<E: Env> ReadGate<E> {
             return State::NotLeader(None);
         }
         let now = self.env.now();
-        let fresh = self.followed_until(term, now).is_some_and(|at| now < at.after(self.window));
+        let configs = metrics.membership_config.membership().get_joint_config();
+        let followed = self.acks.quorum(self.replica.id(), term, configs, now);
+        let fresh = followed.is_some_and(|at| now < at.after(self.window));
         // The log of a term starts with its blank entry: an applied entry of the term implies it.
         let settled = self.replica.applied().is_some_and(|id| term_of(&id) == term);
         if fresh && settled { State::Open(term) } else { State::Closed }
-    }
-
-    fn followed_until(&self, term: u64, now: Instant) -> Option<Instant> {
-        let metrics = self.raft.server_metrics();
-        let metrics = metrics.borrow_watched();
-        let configs = metrics.membership_config.membership().get_joint_config();
-        self.acks.quorum(self.replica.id(), term, configs, now)
     }
 
     /// Whether the gate is open now.
