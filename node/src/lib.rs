@@ -24,6 +24,7 @@ pub mod node;
 pub mod operate;
 pub mod peers;
 mod quiesce;
+mod reach;
 pub mod reconcile;
 pub mod report;
 pub mod resync;

@@ -23,6 +23,7 @@ use crate::calls::{EntryV1, MoveLeaderV1, Tag};
 use crate::node::Inner;
 use crate::peers::links::Lane;
 use crate::peers::wire::{Frame, Kind};
+use crate::resync;
 
 const ROUND: Duration = Duration::from_secs(2);
 const FETCH_MAX: Duration = Duration::from_secs(5);
@@ -34,6 +35,7 @@ pub(crate) async fn run<E: Env>(node: Weak<Inner<E>>) {
     loop {
         let Some(inner) = node.upgrade() else { return };
         let env = inner.env.clone();
+        resync::drop_stale(&inner);
         let mut groups = vec![inner.cluster.group().clone()];
         groups.extend(inner.families.borrow().values().map(|family| family.group().clone()));
         for group in groups {

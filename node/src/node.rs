@@ -31,6 +31,7 @@ use crate::config::{Founder, NodeConfig};
 use crate::meters::Meters;
 use crate::peers::links::{Identity, Links};
 use crate::peers::raft_net::{RaftNet, Transfers};
+use crate::resync::Incoming;
 use crate::room::RoomTable;
 use crate::{members, mend, nbd_target, quiesce, reconcile, room, server};
 
@@ -84,6 +85,8 @@ pub(crate) struct Inner<E: Env> {
     pub(crate) recovery: RecoveryReport,
     pub(crate) buffers: BufferPool,
     pub(crate) transfers: Rc<Transfers<E>>,
+    /// What arrived of differences that broke.
+    pub(crate) broken: RefCell<BTreeMap<ReplicaId, Incoming<E>>>,
     pub(crate) cluster: ClusterGroup<E>,
     pub(crate) families: RefCell<BTreeMap<FamilyId, Family<E>>>,
     /// Families that are being started or stopped right now.
@@ -210,6 +213,7 @@ impl<E: Env> Node<E> {
             recovery,
             buffers,
             transfers,
+            broken: RefCell::default(),
             cluster,
             families: RefCell::default(),
             changing: RefCell::default(),

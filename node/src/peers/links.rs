@@ -215,6 +215,14 @@ impl<E: Env> Links<E> {
         peers.get(&node).filter(|peer| !peer.connections.is_empty()).and_then(|peer| peer.identity)
     }
 
+    /// Bytes that wait in the longest queue to a peer.
+    pub fn queued_bytes_max(&self) -> usize {
+        let (peers, accepted) = (self.peers.borrow(), self.accepted.borrow());
+        let dialled = peers.values().flat_map(|peer| peer.connections.values());
+        let all = dialled.chain(accepted.iter());
+        all.map(|connection| connection.queued_bytes()).max().unwrap_or(0)
+    }
+
     /// Calls a peer.
     ///
     /// # Errors

@@ -258,6 +258,7 @@ impl<E: Env> Pool<E> {
             retention_limit: shared.budget.retention,
             meta_segments: shared.streams.segments().meta().0.into(),
             cache_bytes: shared.cache.borrow().bytes() as u64,
+            pending_bytes: shared.streams.pending_bytes(),
             map_delta_bytes: shared.delta_bytes.get() as u64,
             damaged_blocks: counters.damaged_blocks.get(),
             damaged_pages: counters.damaged_pages.get(),

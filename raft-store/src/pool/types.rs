@@ -233,6 +233,8 @@ pub struct PoolStats {
     pub meta_segments: u64,
     /// Payload held by the log cache, in bytes.
     pub cache_bytes: u64,
+    /// Appended and not yet durable, all streams, in bytes.
+    pub pending_bytes: u64,
     /// Unmerged changes of all maps, in bytes.
     pub map_delta_bytes: u64,
     /// Blocks whose checksum failed.

@@ -66,6 +66,12 @@ impl<E: Env> Replica<E> {
         self.inner.health.borrow().clone()
     }
 
+    /// Whether an installed difference still moves into the map: until it has, the map is older than
+    /// what is applied.
+    pub fn is_draining(&self) -> bool {
+        self.inner.resync.borrow().as_ref().is_some_and(|resync| resync.installed.get())
+    }
+
     /// Whether the extent map can't be read: reads fail, and only a resync from
     /// [`ResyncBase::Empty`] helps. The replica is a suspect until then.
     pub fn map_lost(&self) -> bool {

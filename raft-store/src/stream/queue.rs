@@ -449,6 +449,12 @@ impl Queue {
         }
     }
 
+    /// Bytes of the queued batches.
+    pub(super) fn pending_bytes(&self) -> u64 {
+        let blocks = self.batches.iter().map(|batch| 1 + u64::from(batch.payload_blocks));
+        blocks.sum::<u64>() * BLOCK_SIZE as u64
+    }
+
     /// Whether a header block or payload block is one of a queued batch.
     pub(super) fn is_pending(&self, table: &SegmentTable, place: Place) -> bool {
         let Some((segment, block)) = table.geometry().locate(place) else { return false };

@@ -272,6 +272,12 @@ impl<E: Env> StreamSet<E> {
         self.shared.stream(stream).queue.borrow().stats
     }
 
+    /// What is appended and not yet durable, in all streams, in bytes.
+    pub fn pending_bytes(&self) -> u64 {
+        let queued = |stream: &Stream| stream.queue.borrow().pending_bytes();
+        self.shared.streams.iter().map(queued).sum()
+    }
+
     /// Returns when everything appended so far is durable, in all streams.
     ///
     /// # Errors
