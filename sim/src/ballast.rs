@@ -1,7 +1,7 @@
 //! Ballast itself as the simulated [`System`]: the production node on every machine.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -10,10 +10,10 @@ use std::time::Duration;
 use ballast_block::checksum::crc32;
 use ballast_block::geometry::BLOCK_SIZE_U64;
 use ballast_block::limits::{
-    FAMILY_INFLIGHT_BYTES_MAX, FAMILY_RETENTION_BYTES_MAX, LOG_CACHE_BYTES_MAX,
-    MAP_DELTA_BYTES_MAX, TRANSFER_BYTES_MAX,
+    APPEND_BYTES_MAX, FAMILY_INFLIGHT_BYTES_MAX, FAMILY_RETENTION_BYTES_MAX, LOG_CACHE_BYTES_MAX,
+    MAP_DELTA_BYTES_MAX, PEER_QUEUE_BYTES_MAX, TRANSFER_BYTES_MAX,
 };
-use ballast_block::{BlockRange, ClusterId, NodeId};
+use ballast_block::{BlockRange, ClusterId, NodeId, ReplicaId};
 use ballast_env::clock::Clock;
 use ballast_env::network::Address;
 use ballast_node::config::{Founder, NodeConfig};
@@ -28,12 +28,17 @@ use crate::rng::Rng;
 use crate::system::{ReplicaView, System, VolumeView};
 use crate::world::World;
 
-const POOL: &str = "/pool";
+/// Path of a node's pool on its disk.
+pub const POOL: &str = "/pool";
 const NBD_PORT: u16 = 10809;
 const PEER_PORT: u16 = 7700;
 
 /// How long a node that can't start waits before it tries again, as its supervisor would.
 const RESTART_PAUSE: Duration = Duration::from_secs(1);
+
+/// Requests of one leader that a follower has appended and not answered: the depth of the consensus
+/// library's pipeline, and two on their way through it.
+const UNFLUSHED_REQUESTS_MAX: usize = 66;
 
 /// Sizes of a simulated cluster.
 #[derive(Clone, Copy, Debug)]
@@ -110,7 +115,10 @@ struct Inner {
     sizes: Sizes,
     cluster: ClusterId,
     running: RefCell<BTreeMap<NodeId, Node<SimEnv>>>,
-    formatted: RefCell<BTreeMap<NodeId, ()>>,
+    /// Machines whose pool was made.
+    formatted: RefCell<BTreeSet<NodeId>>,
+    /// Members of the cluster group to make the next pools of nodes with.
+    replacements: RefCell<BTreeMap<NodeId, ReplicaId>>,
 }
 
 impl Ballast {
@@ -123,6 +131,7 @@ impl Ballast {
             cluster: ClusterId::from_random(id),
             running: RefCell::default(),
             formatted: RefCell::default(),
+            replacements: RefCell::default(),
         }))
     }
 
@@ -148,16 +157,36 @@ impl Ballast {
         self.0.running.borrow().get(&id).cloned()
     }
 
+    /// The volume's member on machine `id`, if its node got that far.
+    pub fn member(&self, id: NodeId, volume: usize) -> Option<Family<SimEnv>> {
+        let node = self.running(id)?;
+        let family = node.cluster_state().volume_by_name(&volume_name(volume))?.family;
+        node.family(family)
+    }
+
+    /// What ran on machine `id` is dead.
+    pub fn forget_dead(&self, id: NodeId) {
+        self.0.running.borrow_mut().remove(&id);
+    }
+
+    /// The machine got an empty disk: its next start formats it, with the member of the cluster
+    /// group that the cluster gave to the node's next pool.
+    pub fn reformat(&self, id: NodeId, replacement: ReplicaId) {
+        self.0.formatted.borrow_mut().remove(&id);
+        self.0.replacements.borrow_mut().insert(id, replacement);
+    }
+
     /// Formats the pool at the machine's first start only: it is an act of an administrator.
     async fn format(&self, env: &SimEnv) {
         let id = env.node();
-        if self.0.formatted.borrow().contains_key(&id) {
+        if self.0.formatted.borrow().contains(&id) {
             return;
         }
-        let made =
-            node::format(env, &self.config(id), Some(self.0.sizes.pool_bytes), false, None).await;
+        let replacement = self.0.replacements.borrow().get(&id).copied();
+        let bytes = Some(self.0.sizes.pool_bytes);
+        let made = node::format(env, &self.config(id), bytes, false, replacement).await;
         made.expect("an empty machine can be formatted");
-        self.0.formatted.borrow_mut().insert(id, ());
+        self.0.formatted.borrow_mut().insert(id);
     }
 }
 
@@ -169,8 +198,7 @@ impl System for Ballast {
     async fn node(&self, env: SimEnv) {
         self.format(&env).await;
         let id = env.node();
-        // What ran here before is dead.
-        self.0.running.borrow_mut().remove(&id);
+        self.forget_dead(id);
         let node = match Node::start(env.clone(), self.config(id)).await {
             Ok(node) => node,
             Err(error) => {
@@ -296,9 +324,12 @@ impl System for Ballast {
         let families = self.0.sizes.volumes as u64 + 1;
         // What may be proposed while the log is being trimmed comes on top.
         let retained = families * (self.0.sizes.retention_bytes + FAMILY_INFLIGHT_BYTES_MAX as u64);
+        let pending = families as usize * (UNFLUSHED_REQUESTS_MAX * APPEND_BYTES_MAX);
         let bounds = [
             ("changes of maps", stats.map_delta_bytes, MAP_DELTA_BYTES_MAX + TRANSFER_BYTES_MAX),
             ("log cache", stats.cache_bytes, LOG_CACHE_BYTES_MAX + TRANSFER_BYTES_MAX),
+            ("queue to a peer", node.peer_queue_bytes(), PEER_QUEUE_BYTES_MAX),
+            ("not yet durable", stats.pending_bytes, pending),
         ];
         let over = |name, bytes, limit| format!("{name}: {bytes} bytes, limit {limit}");
         for (name, bytes, limit) in bounds {
@@ -315,12 +346,10 @@ impl System for Ballast {
 
 impl Ballast {
     async fn replica(&self, id: NodeId, volume: usize) -> Option<ReplicaView> {
-        let node = self.running(id)?;
-        let family = {
-            let state = node.cluster_state();
-            state.volume_by_name(&volume_name(volume))?.family
-        };
-        let family = node.family(family)?;
+        let family = self.member(id, volume)?;
+        if family.group().replica().is_draining() {
+            return None;
+        }
         let applied = family.group().applied_id()?.1;
         let digest = digest(&family, self.0.sizes.volume_blocks).await?;
         // What was applied while the blocks were read would make the digest one of no position.

@@ -15,6 +15,7 @@ mod os_entropy;
 mod panics;
 pub mod plan;
 pub mod rng;
+pub mod scene;
 pub mod system;
 pub mod toy;
 pub mod trace;

@@ -9,14 +9,13 @@ use std::time::Duration;
 use ballast_block::NodeId;
 use ballast_env::clock::Clock;
 use ballast_env::network::Address;
-use ballast_sim::ballast::{Ballast, Sizes};
+use ballast_sim::ballast::Sizes;
 use ballast_sim::env::SimEnv;
-use ballast_sim::env::network::Link;
 use ballast_sim::host::nbd::{Command, NbdClient};
 use ballast_sim::machine::{Crash, MachineOptions};
-use ballast_sim::nemesis::start_if_down;
+use ballast_sim::scene::Scene;
 use ballast_sim::system::System;
-use ballast_sim::world::{World, run};
+use ballast_sim::world::run;
 
 const HOST: NodeId = NodeId(1_001);
 const OTHER_HOST: NodeId = NodeId(1_002);
@@ -63,59 +62,22 @@ impl Load {
     }
 }
 
-struct Scene {
-    world: World,
-    ballast: Ballast,
-}
-
-impl Scene {
-    async fn start(world: World) -> Scene {
-        let ballast = Ballast::new(world.seed(), Sizes::default());
-        for node in [1, 2, 3].map(NodeId) {
-            world.add_machine(node, MachineOptions::default());
-            start_if_down(&ballast, &world, node);
-        }
-        ballast.prepare(&world).await;
-        Scene { world, ballast }
-    }
-
-    fn load(&self, host: NodeId, through: u32) -> Rc<Load> {
-        let load = Rc::new(Load::default());
-        let target = self.ballast.nbd_address(NodeId(through));
-        let running = load.clone();
-        let machine = self.world.add_machine(host, MachineOptions::default());
-        machine.start(move |env| running.run(env, target));
-        load
-    }
-
-    async fn move_leader(&self, to: u32) {
-        let moved = Rc::new(Cell::new(false));
-        let (done, ballast) = (moved.clone(), self.ballast.clone());
-        self.world.machine(NodeId(to)).expect("a node").inject(async move {
-            let node = ballast.running(NodeId(to)).expect("it runs");
-            node.move_leader("vol-0", NodeId(to)).await.expect("all is well");
-            done.set(true);
-        });
-        while !moved.get() {
-            self.world.sleep_ms(20).await;
-        }
-    }
-
-    fn set_cut(&self, links: &[(u32, u32)], cut: bool) {
-        let net = self.world.net();
-        for (from, to) in links.iter().map(|&(from, to)| (NodeId(from), NodeId(to))) {
-            net.set_link(&self.world, from, to, Link { cut, ..net.link(from, to) });
-        }
-    }
+fn load(scene: &Scene, host: NodeId, through: u32) -> Rc<Load> {
+    let load = Rc::new(Load::default());
+    let target = scene.ballast.nbd_address(NodeId(through));
+    let running = load.clone();
+    let machine = scene.world.add_machine(host, MachineOptions::default());
+    machine.start(move |env| running.run(env, target));
+    load
 }
 
 /// Cuts these links for a while under load; answers the longest stalls during it and afterwards.
 fn stalls(seed: u64, links: &'static [(u32, u32)]) -> (u64, u64) {
     run(seed, |world| async move {
-        let scene = Scene::start(world.clone()).await;
-        let load = scene.load(HOST, 1);
+        let scene = Scene::start(world.clone(), Sizes::default()).await;
+        let load = load(&scene, HOST, 1);
         scene.world.sleep_ms(1_000).await;
-        scene.move_leader(2).await;
+        scene.move_leader(NodeId(2)).await;
         let from = world.now_ms();
         scene.set_cut(links, true);
         world.sleep_ms(12_000).await;
@@ -182,13 +144,13 @@ fn a_cut_between_followers_is_not_noticed() {
 fn a_dead_host_keeps_nobody_out_for_long() {
     for seed in 0..SEEDS {
         run(seed, |world| async move {
-            let scene = Scene::start(world.clone()).await;
-            let first = scene.load(HOST, 1);
+            let scene = Scene::start(world.clone(), Sizes::default()).await;
+            let first = load(&scene, HOST, 1);
             world.sleep_ms(1_000).await;
             world.machine(HOST).expect("the host").crash(Crash::PowerLoss);
             scene.world.net().set_cut(&world, HOST, NodeId(1), true);
             let from = world.now_ms();
-            let second = scene.load(OTHER_HOST, 3);
+            let second = load(&scene, OTHER_HOST, 3);
             world.sleep_ms(45_000).await;
             assert!(!first.answers.borrow().is_empty());
             let waited = second.answers.borrow().first().map(|at| at - from);

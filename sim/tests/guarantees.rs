@@ -76,17 +76,17 @@ fn is_found(bug: &str, seed: &str) {
 
 #[test]
 fn acknowledging_before_the_flush_is_found() {
-    is_found("early-ack", "2");
+    is_found("early-ack", "11");
 }
 
 #[test]
 fn a_leader_that_resumes_its_term_is_found() {
-    is_found("leader-restore", "17");
+    is_found("leader-restore", "12");
 }
 
 #[test]
 fn a_skipped_read_gate_is_found() {
-    is_found("skipped-read-gate", "12");
+    is_found("skipped-read-gate", "50");
 }
 
 #[test]

@@ -235,3 +235,23 @@ fn true_histories_pass() {
         oracle.check_all().unwrap();
     }
 }
+
+#[test]
+fn of_two_attachments_at_once_nobody_knows_the_newer() {
+    let oracle = Oracle::default();
+    let first = oracle.fence(VOLUME);
+    let slow = oracle.attach_begins();
+    let second = oracle.fence(VOLUME);
+    // Admitted before the second, told after it: its host is fenced without knowing it.
+    let late = oracle.attached(VOLUME, slow);
+    let range = BlockRange::new(0, 1);
+    let under_second = oracle.write_begins_under(second, VOLUME, range, false);
+    oracle.write_ends(under_second, Done).unwrap();
+    let under_late = oracle.write_begins_under(late, VOLUME, range, false);
+    oracle.write_ends(under_late, Unknown).unwrap();
+    read(&oracle, 0, &[Some(under_second)]).unwrap();
+    // Both are newer than the first, for certain.
+    let under_first = oracle.write_begins_under(first, VOLUME, range, false);
+    assert!(oracle.write_ends(under_first, Done).is_err());
+    oracle.check_all().unwrap();
+}

@@ -11,6 +11,7 @@
 //!   tail); a stall holds every completion.
 //! - A discarded block reads as zeroes or as before.
 //! - The disk may be replaced by an empty one, or by an older copy of itself.
+//! - A script may lose what is in flight at a crash for certain, and hold one chosen write.
 //!
 //! Space is not modelled: a pool is one file of fixed size, and full is the pool's own word.
 
@@ -52,6 +53,8 @@ pub struct DiskFaults {
     pub write_error_rate: u64,
     /// Planted bug: writes that are reported complete and never land.
     pub lose_completed: u64,
+    /// Nothing of what is in flight at a crash is there.
+    pub lose_in_flight: bool,
 }
 
 impl Default for DiskFaults {
@@ -64,6 +67,7 @@ impl Default for DiskFaults {
             read_error_rate: 0,
             write_error_rate: 0,
             lose_completed: 0,
+            lose_in_flight: false,
         }
     }
 }
@@ -74,12 +78,24 @@ pub struct DiskImage(BTreeMap<PathBuf, (u64, Blocks)>);
 
 type Blocks = BTreeMap<u64, Box<[u8]>>;
 
+impl DiskImage {
+    /// Offsets of the blocks of `path` that are others than in `before`, from the start of the file.
+    pub fn changed_since(&self, before: &Self, path: &Path) -> Vec<u64> {
+        let blocks = |image: &'_ Self| image.0.get(path).map(|(_, blocks)| blocks.clone());
+        let (now, before) = (blocks(self).unwrap_or_default(), blocks(before).unwrap_or_default());
+        let changed = now.iter().filter(|(number, block)| before.get(number) != Some(*block));
+        changed.map(|(number, _)| number * BLOCK_SIZE_U64).collect()
+    }
+}
+
 /// A machine's disk. Survives the machine's processes.
 pub struct DiskState {
     node: NodeId,
     rng: Rng,
     faults: RefCell<DiskFaults>,
     stalled_until_ms: Cell<u64>,
+    /// How much longer the next write takes, in milliseconds.
+    next_write_ms: Cell<u64>,
     files: RefCell<BTreeMap<PathBuf, Rc<Content>>>,
 }
 
@@ -99,6 +115,7 @@ impl DiskState {
             rng: world.rng("disk", u64::from(node.0)),
             faults: RefCell::default(),
             stalled_until_ms: Cell::new(0),
+            next_write_ms: Cell::new(0),
             files: RefCell::default(),
         })
     }
@@ -116,6 +133,11 @@ impl DiskState {
     /// Holds every completion until `world_ms` of true time.
     pub fn stall_until(&self, world_ms: u64) {
         self.stalled_until_ms.set(world_ms);
+    }
+
+    /// Makes the next write, and only that, take `ms` milliseconds longer.
+    pub fn delay_next_write(&self, ms: u64) {
+        self.next_write_ms.set(ms);
     }
 
     /// Flips one bit of the block that holds byte `offset` of `path`. Returns whether something
@@ -178,6 +200,9 @@ impl DiskState {
         for content in self.files.borrow().values() {
             content.locked.set(false);
             let mut left: Vec<_> = content.in_flight.take().into_values().collect();
+            if self.faults.borrow().lose_in_flight {
+                left.clear();
+            }
             while !left.is_empty() {
                 let (offset, parts) = left.swap_remove(self.rng.below(left.len() as u64) as usize);
                 // A kernel that lives on finishes most of what it was given.
@@ -342,12 +367,13 @@ impl SimFile {
     /// Runs `effect` when the disk gets to it; pending for ever when the process is dead by then.
     fn complete<T: 'static>(
         &self,
+        longer_ms: u64,
         effect: impl FnOnce(&World, &DiskState, &Content) -> T + 'static,
     ) -> impl Future<Output = T> + 'static {
         let (sender, receiver) = oneshot::channel();
         let (disk, lock) = (self.disk.clone(), self.lock.clone());
         if lock.process.is_alive() {
-            let latency = disk.latency_ms(self.env.world());
+            let latency = disk.latency_ms(self.env.world()) + longer_ms;
             self.env.world().after_ms(latency, move |world| {
                 if lock.process.is_alive() {
                     // The caller may have dropped its future: the effect stands all the same.
@@ -374,7 +400,7 @@ impl File for SimFile {
         offset: u64,
         mut buffer: AlignedBuf,
     ) -> impl Future<Output = (io::Result<()>, AlignedBuf)> + 'static {
-        self.complete(move |_, disk, content| {
+        self.complete(0, move |_, disk, content| {
             let outcome = disk.read(content, offset, &mut buffer);
             (outcome, buffer)
         })
@@ -404,7 +430,8 @@ impl File for SimFile {
             self.env.process().count_effect();
         }
         let node = self.disk.node;
-        self.complete(move |world, disk, content| {
+        let longer_ms = self.disk.next_write_ms.take();
+        self.complete(longer_ms, move |world, disk, content| {
             checked?;
             let (_, parts) = content.in_flight.borrow_mut().remove(&number).expect("in flight");
             world.note(format!("{node} wrote {offset}+{length}"));
@@ -422,7 +449,7 @@ impl File for SimFile {
 
     fn discard(&self, offset: u64, length: u64) -> impl Future<Output = io::Result<()>> + 'static {
         let writable = self.lock.writable;
-        self.complete(move |_, disk, content| {
+        self.complete(0, move |_, disk, content| {
             if !writable {
                 return Err(opened_read_only());
             }

@@ -263,6 +263,7 @@ impl Host {
         let target = self.targets[*next as usize % self.targets.len()].clone();
         *next += 1;
         let structured = self.rng.chance(500_000);
+        let began = self.oracle.attach_begins();
         let made = tokio::select! {
             biased;
             made = NbdClient::connect(env, &target, &self.export, structured) => made.ok(),
@@ -275,7 +276,8 @@ impl Host {
         assert!(client.size() >= self.mix.blocks * BLOCK_SIZE_U64, "the export is smaller");
         env.world().note(format!("{} connected to {target}", self.export));
         let fences = self.mix.fenced && !self.mix.reader;
-        let attachment = if fences { self.oracle.fence(self.volume) } else { u64::MAX };
+        let attached = || self.oracle.attached(self.volume, began);
+        let attachment = if fences { attached() } else { u64::MAX };
         if self.mix.leave_after > 0 {
             self.leave_at.set(self.answered.get() + self.mix.leave_after);
         }

@@ -132,11 +132,21 @@ pub struct Oracle {
     time: Cell<u64>,
     writes: RefCell<Vec<Write>>,
     blocks: RefCell<BTreeMap<(u64, u64), Block>>,
-    /// The newest attachment of each volume, from 1.
-    attachments: RefCell<BTreeMap<u64, u64>>,
+    /// The attachments of each volume, the first one number 1.
+    attachments: RefCell<BTreeMap<u64, Vec<Attachment>>>,
+}
+
+/// When a host began to attach, and when it was told that it is. Of two that overlap nobody outside
+/// knows which was admitted first.
+#[derive(Clone, Copy)]
+struct Attachment {
+    began: u64,
+    admitted: u64,
 }
 
 struct Write {
+    /// Its number; `u64::MAX` for none.
+    attachment: u64,
     volume: u64,
     range: BlockRange,
     zeroes: bool,
@@ -173,8 +183,8 @@ impl Oracle {
         self.write_begins_under(u64::MAX, volume, range, zeroes)
     }
 
-    /// As [`Oracle::write_begins`], under the attachment that [`Oracle::fence`] numbered: if it is
-    /// not the newest, nobody may ever see the write.
+    /// As [`Oracle::write_begins`], under the attachment that [`Oracle::attached`] numbered: if one
+    /// that is newer for certain was admitted, nobody may ever see the write.
     pub fn write_begins_under(
         &self,
         attachment: u64,
@@ -182,15 +192,27 @@ impl Oracle {
         range: BlockRange,
         zeroes: bool,
     ) -> WriteId {
-        let newest = self.attachments.borrow().get(&volume).copied().unwrap_or(0);
-        let fenced = attachment < newest;
+        let attachments = self.attachments.borrow();
+        let all = attachments.get(&volume).map_or(&[][..], Vec::as_slice);
+        let own = attachment.checked_sub(1).and_then(|nth| all.get(nth as usize));
+        let fenced = own.is_some_and(|own| all.iter().any(|one| one.began > own.admitted));
         let began = self.next_time();
         let mut writes = self.writes.borrow_mut();
         // Id 0 stays free, so that a block of zeroes is no stamp.
         let id = WriteId(writes.len() as u64 + 1);
         let (in_effect, deadline) = (u64::MAX, u64::MAX);
         let refused = fenced;
-        writes.push(Write { volume, range, zeroes, began, in_effect, deadline, refused, fenced });
+        writes.push(Write {
+            attachment,
+            volume,
+            range,
+            zeroes,
+            began,
+            in_effect,
+            deadline,
+            refused,
+            fenced,
+        });
         let mut blocks = self.blocks.borrow_mut();
         for block in range.start..range.end() {
             blocks.entry((volume, block)).or_default().writes.push(id);
@@ -217,18 +239,35 @@ impl Oracle {
         Ok(())
     }
 
-    /// A new attachment of `volume` was admitted: writes of older ones happened by now, or never
-    /// will (guarantee **fenced**). Answers its number.
-    pub fn fence(&self, volume: u64) -> u64 {
+    /// A host begins to attach for writing.
+    pub fn attach_begins(&self) -> u64 {
+        self.next_time()
+    }
+
+    /// The attachment of `volume` that began then was admitted: writes of older ones happened by
+    /// now, or never will (guarantee **fenced**). Answers its number.
+    pub fn attached(&self, volume: u64, began: u64) -> u64 {
         let mut attachments = self.attachments.borrow_mut();
-        let newest = attachments.entry(volume).or_insert(0);
-        *newest += 1;
-        let now = self.next_time();
+        let all = attachments.entry(volume).or_default();
+        let admitted = self.next_time();
+        let older = |number: u64| match number.checked_sub(1).and_then(|nth| all.get(nth as usize))
+        {
+            Some(one) => one.admitted < began,
+            None => true,
+        };
         let mut writes = self.writes.borrow_mut();
         for write in writes.iter_mut().filter(|write| write.volume == volume) {
-            write.deadline = write.deadline.min(now);
+            if older(write.attachment) {
+                write.deadline = write.deadline.min(admitted);
+            }
         }
-        *newest
+        all.push(Attachment { began, admitted });
+        all.len() as u64
+    }
+
+    /// As [`Oracle::attached`], of an attachment that began after all others were admitted.
+    pub fn fence(&self, volume: u64) -> u64 {
+        self.attached(volume, self.attach_begins())
     }
 
     /// A host begins to read.
