@@ -91,7 +91,7 @@ fn a_skipped_read_gate_is_found() {
 
 #[test]
 fn a_cleaner_that_frees_a_live_block_is_found() {
-    is_found("live-block-freed", "47");
+    is_found("live-block-freed", "11");
 }
 
 /// With these faults only: among all others they meet too seldom.

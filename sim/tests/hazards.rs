@@ -189,6 +189,8 @@ async fn a_leader_hands_over_unheard(scene: Scene) {
     });
     // Mostly node 1 at once; where the network forgot its connection, whoever is elected later.
     scene.until("another one leads", || scene.leader().is_some_and(|id| id != N2)).await;
+    // The first write of a leader that no majority has heard yet is sent elsewhere and waits there.
+    scene.world.sleep_ms(30).await;
     writer.must_write(BLOCKS).await;
     scene.world.sleep_ms(1_000).await;
     watch.stop();

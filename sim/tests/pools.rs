@@ -209,3 +209,30 @@ fn a_broken_difference_goes_on_where_it_was() {
         play(seed, sizes, None, a_difference_breaks);
     }
 }
+
+/// Writes of the largest size while a disk hangs: more than may wait for it, there and here.
+const WAITING: u64 = 120;
+
+/// A follower appends what it gets before it is durable: what waits for its disk must have a bound,
+/// and so must what waits on the leader.
+async fn a_follower_is_stuck(scene: Scene) {
+    let writer = writer(&scene, N2).await;
+    scene.world.disk(N3).stall_until(scene.world.now_ms() + 8_000);
+    let (mut pending, mut queued) = (0, 0);
+    for round in 0..WAITING {
+        writer.must_write(BlockRange::new(round % 4 * u64::from(LARGE), LARGE)).await;
+        pending = pending.max(scene.node(N3).pool().stats().pending_bytes);
+        queued = queued.max(scene.node(N2).peer_queue_bytes());
+        for id in [N2, N3] {
+            assert_eq!(scene.ballast.over_limit(id, false), None, "{id}");
+        }
+    }
+    println!("of {WAITING} MiB, {pending} bytes wait for the disk, {queued} to be sent to it");
+    assert!(pending > 8 << 20, "nothing waited: {pending}");
+    scene.end().await;
+}
+
+#[test]
+fn what_waits_for_a_disk_that_hangs_is_bounded() {
+    play(0, Sizes::default(), None, a_follower_is_stuck);
+}
