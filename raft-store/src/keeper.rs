@@ -89,12 +89,15 @@ impl<E: Env> Shared<E> {
     async fn settle_accounts(&self, pressure: Pressure) {
         let live = self.streams.segments().counts().live_blocks;
         let unknown = self.unmerged_blocks.get();
-        let near = live >= self.budget.capacity_blocks || pressure == Pressure::Tight;
-        if near
-            && unknown > self.budget.unmerged_blocks / 16
-            && let Err(error) = self.merge_all(0).await
-        {
-            tracing::error!(%error, "a map can't be merged: its dead blocks stay taken");
+        let full = self.is_full() || live >= self.budget.capacity_blocks;
+        let near = full || pressure == Pressure::Tight;
+        // A view that was given up leaves dead versions, although nobody may write any more.
+        let dead = unknown > self.budget.unmerged_blocks / 16 || self.untidy.get();
+        if near && dead {
+            self.untidy.set(false);
+            if let Err(error) = self.merge_all(0).await {
+                tracing::error!(%error, "a map can't be merged: its dead blocks stay taken");
+            }
         }
     }
 

@@ -51,6 +51,29 @@ async fn step(machine: &Machine<MemoryEnv>) {
     }
 }
 
+/// A view keeps what is overwritten: it may fill a pool. Once it is given up there is room again,
+/// although nothing is written any more that would make the keeper merge.
+#[test]
+fn a_view_that_filled_a_pool_gives_its_room_back() {
+    run(async {
+        let (env, pool, machine) = fresh().await;
+        let slots = pool.space().capacity * 80 / 100 / u64::from(BLOCKS) / BLOCK_SIZE as u64;
+        for index in 0..slots {
+            put(&machine, index, index).await;
+        }
+        let pin = machine.replica.pin();
+        let mut index = slots;
+        while !pool.room().full {
+            put(&machine, index, index % slots).await;
+            index += 1;
+            assert!(index < 3 * slots, "a view holds what it shows");
+        }
+        drop(pin);
+        env.sleep(std::time::Duration::from_secs(5)).await;
+        assert!(admits(&pool), "{:?} {:?}", pool.room(), pool.space());
+    });
+}
+
 #[test]
 fn overwriting_for_ever_never_fills_a_pool() {
     run(async {

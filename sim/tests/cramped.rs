@@ -3,8 +3,10 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::time::Duration;
 
 use ballast_block::NodeId;
+use ballast_env::clock::Clock;
 use ballast_sim::ballast::{Ballast, Sizes};
 use ballast_sim::env::SimEnv;
 use ballast_sim::host::nbd::{Command, NbdClient};
@@ -55,9 +57,18 @@ impl Scene {
             let client = NbdClient::connect(&env, &target, "vol-0", true).await.expect("a server");
             for request in requests {
                 let what = format!("{request:?}").chars().take(60).collect::<String>();
-                if let Err(error) = client.run(request).await {
-                    answer.replace(Some(format!("{what}: {error}")));
-                    return;
+                loop {
+                    match client.run(request.clone()).await {
+                        Ok(_) => break,
+                        // A view for a peer that is gone may fill the leader's pool for a while.
+                        Err(error) if error.is_refusal() => {
+                            env.sleep(Duration::from_millis(500)).await;
+                        }
+                        Err(error) => {
+                            answer.replace(Some(format!("{what}: {error}")));
+                            return;
+                        }
+                    }
                 }
             }
             answer.replace(Some(String::new()));

@@ -42,6 +42,8 @@ pub(crate) struct Shared<E: Env> {
     pub delta_bytes: Cell<usize>,
     /// Blocks of them: what they overwrote still counts as live.
     pub unmerged_blocks: Cell<u64>,
+    /// A view was given up: what only it showed is dead, and known to be with the next merge.
+    pub untidy: Cell<bool>,
     /// Maps that nothing uses any more and whose blocks are to be freed.
     pub abandoned: RefCell<Vec<Rc<Map<E>>>>,
     /// Maps that nothing uses any more and whose blocks another map has: their pages are to be freed.
@@ -100,6 +102,7 @@ impl<E: Env> Shared<E> {
             budget: Budget::new(streams.segments().geometry()),
             delta_bytes: Cell::new(0),
             unmerged_blocks: Cell::new(0),
+            untidy: Cell::new(false),
             abandoned: RefCell::default(),
             drained: RefCell::default(),
             checkpointing: Mutex::new(()),

@@ -45,6 +45,8 @@ impl<E: Env> Drop for Pin<E> {
     fn drop(&mut self) {
         self.map.unpin(self.id);
         self.replica.inner.note_delta();
+        self.replica.inner.shared.untidy.set(true);
+        self.replica.inner.shared.work.notify_one();
     }
 }
 
