@@ -76,4 +76,41 @@ mod tests {
         assert_eq!(reach, sequences([(0, 12)]));
         assert_eq!(reach.gap(Sequence(12)), None);
     }
+
+    const BLOCKS: u64 = 12;
+
+    /// Against a list of how far each block is: nothing is asked for since later than it is, and at
+    /// the end all of it is there.
+    #[test]
+    fn no_block_lacks_a_change_however_often_it_breaks() {
+        let mut state = 7_u64;
+        let mut below = |end: u64| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 33) % end
+        };
+        for _ in 0..500 {
+            let (mut reach, mut blocks) = (Reach::new(Sequence(1)), [1; BLOCKS as usize]);
+            let mut to = 1;
+            let mut tries = 0;
+            while tries < 5 {
+                to += below(3);
+                while let Some(gap) = reach.gap(Sequence(to)) {
+                    if tries < 4 && below(4) == 0 {
+                        break;
+                    }
+                    let next = gap.from + 1 + below(5);
+                    let next = (next < BLOCKS).then_some(next);
+                    for block in gap.from..next.unwrap_or(BLOCKS).min(gap.end.unwrap_or(BLOCKS)) {
+                        let known = &mut blocks[block as usize];
+                        assert!(gap.since.0 <= *known, "{reach:?} {gap:?} {known}");
+                        *known = to;
+                    }
+                    reach.filled(gap, next, Sequence(to));
+                }
+                tries += 1;
+            }
+            assert_eq!(blocks, [to; BLOCKS as usize], "{reach:?}");
+            assert_eq!(reach, sequences([(0, to)]));
+        }
+    }
 }
