@@ -14,7 +14,7 @@ use ballast_block::{NodeId, Sequence};
 use ballast_env::Env;
 use ballast_env::clock::Instant;
 use ballast_raft_store::replica::{DiffChange, DiffPage, Replica, Resync, ResyncBase, ResyncError};
-use ballast_raft_store::types::Vote;
+use ballast_raft_store::types::{LogId, Vote};
 use ballast_volume::group::Group;
 use ballast_volume::snapshot::GroupSnapshot;
 use openraft::storage::Snapshot;
@@ -126,6 +126,8 @@ fn first_base<E: Env>(replica: &Replica<E>, sequence: Sequence) -> ResyncBase {
 pub(crate) struct Incoming<E: Env> {
     resync: Resync<E>,
     base: ResyncBase,
+    /// What the replica had applied when it began.
+    applied: Option<LogId>,
     reach: Reach,
     /// The view that was pulled last.
     sequence: Sequence,
@@ -140,8 +142,8 @@ impl<E: Env> Incoming<E> {
         sequence: Sequence,
     ) -> Result<Self, PeerError> {
         let resync = replica.resync(base).await.map_err(refused)?;
-        let reach = Reach::new(resync.since());
-        Ok(Self { resync, base, reach, sequence, kept_until: Instant(0) })
+        let (reach, applied) = (Reach::new(resync.since()), replica.applied());
+        Ok(Self { resync, base, applied, reach, sequence, kept_until: Instant(0) })
     }
 }
 
@@ -163,7 +165,8 @@ fn keep<E: Env>(
 fn go_on<E: Env>(inner: &Inner<E>, replica: &Replica<E>, to: Sequence) -> Option<Incoming<E>> {
     let mut kept = inner.broken.borrow_mut().remove(&replica.id())?;
     // A new leader may not have applied all that was put aside: it would be there before its time.
-    if kept.sequence > to {
+    // And what the log brought meanwhile would be here twice.
+    if kept.sequence > to || kept.applied != replica.applied() {
         return None;
     }
     kept.sequence = to;
