@@ -76,7 +76,7 @@ fn is_found(bug: &str, seed: &str) {
 
 #[test]
 fn acknowledging_before_the_flush_is_found() {
-    is_found("early-ack", "11");
+    is_found("early-ack", "12");
 }
 
 #[test]
