@@ -120,6 +120,29 @@ fn f1_a_leader_that_dies_before_its_own_flush_never_resumes_its_term() {
     finds(PlantedBug::LeaderRestore, a_leader_dies_before_its_own_flush);
 }
 
+/// Guarantee **durable-on-majority**: two of three have the write in memory, none on its disk. Answered
+/// now, it would be lost with the power.
+async fn disks_hang(scene: Scene) {
+    let writer = writer_at_2(&scene).await;
+    scene.set_isolated(N1, true);
+    scene.hang_disk(N2);
+    scene.hang_disk(N3);
+    let write = writer.write(BLOCKS);
+    scene.world.sleep_ms(1_000).await;
+    let answered = write.is_answered();
+    for id in scene.nodes() {
+        scene.machine(id).crash(Crash::PowerLoss);
+    }
+    scene.end().await;
+    assert!(!answered, "no disk had it");
+}
+
+#[test]
+fn an_answer_needs_a_majority_of_disks() {
+    holds(disks_hang);
+    finds(PlantedBug::EarlyAck, disks_hang);
+}
+
 /// F4, as plain as it gets: the leader is cut off from the others and still reached by hosts.
 async fn a_leader_is_cut_off(scene: Scene) {
     let _first = writer_at_2(&scene).await;
