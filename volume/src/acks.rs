@@ -2,6 +2,8 @@
 //!
 //! Ours, because the consensus library dates an answer by the last request that it made for the same
 //! log position, which may be one that was made, or sent, long after the one that is answered.
+//!
+//! Besides, the way back: the network learns here up to where the log is to go (hazard F8).
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};

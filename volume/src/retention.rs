@@ -1,7 +1,8 @@
 //! How much of the log is kept for followers that lag: by bytes (hazard F8).
 //!
 //! openraft counts entries; it neither builds nor purges by itself here. Over the bound the log is
-//! purged as far as the pool's last durable checkpoint covers it.
+//! purged as far as the pool's last durable checkpoint covers it. What is on its way to a follower
+//! holds the purge up: the network is told, and gives up on one that does not answer.
 
 use std::time::Duration;
 

@@ -1,8 +1,9 @@
 //! Raft's network: what a group of this node sends to its members elsewhere.
 //!
-//! Step 5 of a write, towards the followers: every AppendEntries of a stream is one frame, sent
-//! without waiting for the answer to the one before. A peer that makes no progress, or for which
-//! too much waits, gets an error: that is what releases the purge of the log (hazard F8).
+//! Step 5 of a write, towards the followers: every AppendEntries of a stream is one frame. After a
+//! small one the next waits for its answer; large ones follow each other. A peer that makes no
+//! progress, or has not answered what the log is not to keep any more, gets an error: that is what
+//! releases the purge of the log (hazard F8).
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
