@@ -119,6 +119,10 @@ pub const STREAM_SEAL_IDLE_MS: u64 = 100;
 /// what a healthy disk takes, below what a host waits before it gives the path up.
 pub const DISK_WRITE_OVERDUE_MS: u64 = 20_000;
 
+/// Time in which a write's wait is counted, in milliseconds: what a process that was stopped may
+/// lose of [`DISK_WRITE_OVERDUE_MS`] by one stop.
+pub const DISK_WRITE_OVERDUE_STEP_MS: u64 = 1_000;
+
 /// Largest segment, in bytes: amortises the seek of a hard disk and keeps the table small.
 pub const SEGMENT_BYTES_MAX: u64 = 32 << 20;
 

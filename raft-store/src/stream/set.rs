@@ -8,7 +8,9 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use ballast_block::buffer::BufferPool;
-use ballast_block::limits::{DISK_WRITE_OVERDUE_MS, STREAM_SEAL_IDLE_MS};
+use ballast_block::limits::{
+    DISK_WRITE_OVERDUE_MS, DISK_WRITE_OVERDUE_STEP_MS, STREAM_SEAL_IDLE_MS,
+};
 use ballast_block::{AlignedBuf, BLOCK_SIZE};
 use ballast_env::Env;
 use ballast_env::disk::{Disk, File};
@@ -343,19 +345,29 @@ impl<E: Env> Shared<E> {
         parts: Vec<Bytes>,
     ) -> Result<(), PoolFailed> {
         self.check_failed()?;
-        let overdue = Duration::from_millis(DISK_WRITE_OVERDUE_MS);
         let result = tokio::select! {
             biased;
             result = self.file.write_at(place.offset(), parts) => {
                 result.map_err(|error| error.to_string())
             }
-            () = self.env.sleep(overdue) => Err(format!("no answer in {overdue:?}")),
+            () = self.overdue() => Err(format!("no answer in {DISK_WRITE_OVERDUE_MS} ms")),
         };
         if let Err(problem) = result {
             let operation = format!("write of the {what} at {place}");
             self.fail(PoolFailed { operation, problem });
         }
         self.check_failed()
+    }
+}
+
+impl<E: Env> Shared<E> {
+    /// Returns when a write begun now has had its time. Only time in which this process ran
+    /// counts: it may have been stopped (SIGSTOP, a paused machine) while the disk answered, and
+    /// one stop costs one step at most.
+    async fn overdue(&self) {
+        for _ in 0..DISK_WRITE_OVERDUE_MS / DISK_WRITE_OVERDUE_STEP_MS {
+            self.env.sleep(Duration::from_millis(DISK_WRITE_OVERDUE_STEP_MS)).await;
+        }
     }
 }
 
