@@ -60,6 +60,23 @@ pub const CONNECTION_INFLIGHT_COMMANDS_MAX: usize = 256;
 /// Proposed and not yet applied payload of one family on its leader, in bytes: callers wait above.
 pub const FAMILY_INFLIGHT_BYTES_MAX: usize = 32 << 20;
 
+/// Largest write that waits for a round of its family, in bytes. Larger ones have so much to carry
+/// that a round's own cost does not count, and go while others are under way.
+pub const GATHER_BYTES_MAX: usize = 16 << 10;
+
+/// How long a round waits for the next host that the one before has answered, in microseconds: what
+/// a host on a busy machine takes to see an answer and to send its next request.
+pub const GATHER_PAUSE_US_MAX: u64 = 400;
+
+/// How long a round waits for all of them, in microseconds: about what a round takes itself.
+pub const GATHER_US_MAX: u64 = 2_000;
+
+/// Writes that go as they come after the first round that waited in vain, and after many in
+/// succession: the time waited in vain stays far below one in a thousand of theirs.
+pub const GATHER_FREE_WRITES_MIN: u32 = 32;
+/// See [`GATHER_FREE_WRITES_MIN`].
+pub const GATHER_FREE_WRITES_MAX: u32 = 4096;
+
 /// Log entries kept for lagging followers, per family, in bytes of payload and headers: what a
 /// follower may miss and still catch up from the log. Beyond it, resync by difference.
 pub const FAMILY_RETENTION_BYTES_MAX: u64 = 256 << 20;

@@ -3,7 +3,7 @@
 //! Steps 3 and 4 of a write begin here (`execute`). A replica that does not lead answers so at
 //! once, with a hint; nothing is forwarded from here.
 
-use std::cell::{Ref, RefCell};
+use std::cell::{OnceCell, Ref, RefCell};
 use std::rc::Rc;
 
 use ballast_block::buffer::BufferPool;
@@ -12,6 +12,7 @@ use ballast_block::geometry::BLOCK_SIZE;
 use ballast_block::limits::FAMILY_INFLIGHT_BYTES_MAX;
 use ballast_block::{AttachmentId, FamilyId, IoError, NodeId, Payload};
 use ballast_env::Env;
+use ballast_env::spawn::OwnedTask;
 use ballast_raft_store::entry::{Command, Origin};
 use ballast_raft_store::replica::{DamagedBlock, Replica};
 use ballast_raft_store::types::{ApplyReply, TypeConfig};
@@ -24,6 +25,7 @@ use tokio::sync::Semaphore;
 
 use crate::acks::NotesAcks;
 use crate::command::{FamilyCommand, FamilyReplyV1};
+use crate::gather::{self, Gather};
 use crate::group::{Group, ProposeError, RaftSettings, StartGroupError};
 use crate::locks::RangeLocks;
 use crate::machine::DecodeStateError;
@@ -129,6 +131,8 @@ pub(crate) struct Inner<E: Env> {
     pub(crate) buffers: BufferPool,
     pub(crate) surroundings: Rc<dyn Surroundings>,
     pub(crate) stages: Stages,
+    pub(crate) gather: Rc<Gather>,
+    _rounds: OnceCell<OwnedTask>,
     founding: FoundingV1,
 }
 
@@ -177,9 +181,15 @@ impl<E: Env> Family<E> {
             buffers,
             surroundings,
             stages: Stages::default(),
+            gather: Rc::default(),
+            _rounds: OnceCell::new(),
             founding,
         };
-        Ok(Self { inner: Rc::new(inner) })
+        let inner = Rc::new(inner);
+        let rounds = gather::keep(Rc::downgrade(&inner), inner.gather.clone());
+        let task = OwnedTask(inner.group.env().spawn(rounds));
+        assert!(inner._rounds.set(task).is_ok(), "set once");
+        Ok(Self { inner })
     }
 
     /// The Raft group.

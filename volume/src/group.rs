@@ -22,6 +22,8 @@ use openraft::async_runtime::WatchReceiver;
 use openraft::errors::{ClientWriteError, ForwardReason, InitializeError, RaftError};
 use openraft::impls::ProgressResponder;
 use openraft::network::NetSnapshot;
+use openraft::raft::ClientWriteResult;
+use openraft::type_config::alias::OneshotReceiverOf;
 use openraft::{Config, Raft, RaftNetworkFactory, SnapshotPolicy};
 use thiserror::Error;
 use tokio::sync::watch;
@@ -119,6 +121,45 @@ pub enum ProposeError {
     /// The group has stopped on this node.
     #[error("the group has stopped on this node")]
     Stopped,
+}
+
+type Written = ClientWriteResult<TypeConfig>;
+
+/// What is to be proposed.
+pub(crate) struct Proposal {
+    command: Command,
+    /// The entry is made in this term, or not at all.
+    term: Option<u64>,
+    responder: ProgressResponder<TypeConfig, Written>,
+}
+
+/// What becomes of a proposal.
+pub(crate) struct Answer(OneshotReceiverOf<TypeConfig, Written>);
+
+impl Proposal {
+    pub(crate) fn new(command: Command, term: Option<u64>) -> (Self, Answer) {
+        let (responder, answer) = ProgressResponder::complete_only();
+        (Self { command, term, responder }, Answer(answer))
+    }
+}
+
+impl Answer {
+    /// Returns when it is applied here.
+    pub(crate) async fn wait(self) -> Result<(LogId, ApplyReply), ProposeError> {
+        match self.0.await {
+            Ok(Ok(done)) => Ok((done.log_id, done.data)),
+            Ok(Err(ClientWriteError::ForwardToLeader(forward))) => {
+                let hint = match forward.reason {
+                    ForwardReason::LeaseExpired => None,
+                    _ => forward.leader_node.map(|member| member.node),
+                };
+                Err(ProposeError::NotLeader { hint })
+            }
+            // Discarded, refused for another term, or forgotten by a core that stepped down or
+            // stopped: it may still commit under the next leader.
+            Ok(Err(_)) | Err(_) => Err(ProposeError::NotLeader { hint: None }),
+        }
+    }
 }
 
 /// One member of a Raft group. Clones share it.
@@ -307,25 +348,20 @@ impl<E: Env> Group<E> {
         term: Option<u64>,
     ) -> Result<(LogId, ApplyReply), ProposeError> {
         self.wake_to_lead().await;
-        let (responder, result) = ProgressResponder::complete_only();
+        let (proposal, answer) = Proposal::new(command, term);
+        self.send(proposal).await;
+        answer.wait().await
+    }
+
+    /// Gives a proposal to Raft; its answer tells what became of it.
+    pub(crate) async fn send(&self, proposal: Proposal) {
+        let Proposal { command, term, responder } = proposal;
         let mut request = self.inner.raft.write(command).responder(responder);
         if let Some(term) = term {
             request = request.with_leader(ballast_raft_store::types::log_id(term, 0).leader_id);
         }
-        request.await.map_err(|_| ProposeError::Stopped)?;
-        match result.await {
-            Ok(Ok(done)) => Ok((done.log_id, done.data)),
-            Ok(Err(ClientWriteError::ForwardToLeader(forward))) => {
-                let hint = match forward.reason {
-                    ForwardReason::LeaseExpired => None,
-                    _ => forward.leader_node.map(|member| member.node),
-                };
-                Err(ProposeError::NotLeader { hint })
-            }
-            // Discarded, refused for another term, or forgotten by a core that stepped down: it may
-            // still commit under the next leader.
-            Ok(Err(_)) | Err(_) => Err(ProposeError::NotLeader { hint: None }),
-        }
+        // A group that has stopped drops the responder.
+        let _ = request.await;
     }
 
     /// Hands leadership to another member. Shuts the read gate for the rest of the term first.

@@ -6,6 +6,7 @@
 pub mod acks;
 pub mod command;
 pub mod family;
+mod gather;
 pub mod group;
 pub mod locks;
 pub mod machine;

@@ -165,8 +165,9 @@ impl<E: Env> Family<E> {
         group.replica().map_room().await;
         let admitted = group.env().now();
         stages::note(&self.inner.stages.admission, began, admitted);
+        let bytes = payload.len();
         let command = Command::write(Origin { branch: ROOT_BRANCH, ..origin }, start, payload);
-        let (_, reply) = group.propose(command, term).await?;
+        let (_, reply) = self.inner.gather.propose(group, command, bytes, term).await?;
         stages::note(&self.inner.stages.commit, admitted, group.env().now());
         outcome(reply)
     }
