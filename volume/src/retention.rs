@@ -7,6 +7,8 @@
 use std::time::Duration;
 
 use ballast_env::Env;
+use ballast_raft_store::types::TypeConfig;
+use openraft::RaftMetrics;
 use openraft::async_runtime::WatchReceiver;
 
 use crate::group::Group;
@@ -20,13 +22,17 @@ impl<E: Env> Group<E> {
         // Below the bound, too: the pool may be short, or the entries be old (hazard F3).
         let Some(target) = self.replica().purge_target(keep) else { return false };
         let raft = self.raft();
-        if raft.trigger().snapshot().await.is_err() {
+        let mut metrics = raft.metrics();
+        let is_covered = |metrics: &RaftMetrics<TypeConfig>| {
+            metrics.snapshot.is_some_and(|id| id.index >= target.index)
+        };
+        let known = is_covered(&metrics.borrow_watched());
+        if !known && raft.trigger().snapshot().await.is_err() {
             return false;
         }
         let covered = async {
-            let mut metrics = raft.metrics();
             loop {
-                if metrics.borrow_watched().snapshot.is_some_and(|id| id.index >= target.index) {
+                if is_covered(&metrics.borrow_watched()) {
                     return true;
                 }
                 if metrics.changed().await.is_err() {

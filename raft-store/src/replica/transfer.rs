@@ -44,9 +44,14 @@ impl<E: Env> Pin<E> {
 impl<E: Env> Drop for Pin<E> {
     fn drop(&mut self) {
         self.map.unpin(self.id);
-        self.replica.inner.note_delta();
-        self.replica.inner.shared.untidy.set(true);
-        self.replica.inner.shared.work.notify_one();
+        let inner = &self.replica.inner;
+        inner.note_delta();
+        // Of what nobody has written since it kept nothing. To ring for such a one would go round in
+        // a circle: the keeper has log purged, and for each purge openraft is shown a view.
+        if inner.applied.borrow().sequence > self.sequence {
+            inner.shared.untidy.set(true);
+            inner.shared.work.notify_one();
+        }
     }
 }
 
