@@ -12,7 +12,7 @@ use ballast_raft_store::replica::{
     ClearSuspectError, DamagedBlock, Health, InstallState, ReadError, RepairError, ResyncBase,
 };
 use ballast_raft_store::stream::StreamId;
-use ballast_raft_store::types::{Vote, log_id};
+use ballast_raft_store::types::{Entry, Vote, log_id};
 use bytes::Bytes;
 use openraft::storage::{RaftLogReader, RaftLogStorage};
 use store::{Machine, append, blocks, read, write};
@@ -174,6 +174,76 @@ fn a_lost_batch_makes_a_suspect() {
         pool2.checkpoint().await.unwrap();
         let (_, _, report, _) = open(env2.image(&path())).await;
         assert!(report.suspects.is_empty());
+    });
+}
+
+fn of_term(term: u64, index: u64, block: u64, data: Bytes) -> Entry {
+    Entry { log_id: log_id(term, index), ..write(index, block, data) }
+}
+
+/// What a leader of a newer term took out of the log is lost with what it put there instead. What
+/// comes behind must neither be put after it, nor make it committed.
+#[test]
+fn what_was_replaced_is_not_committed_by_what_replaced_it() {
+    run(async {
+        let (env, _pool, machine) = fresh().await;
+        append(&machine.replica, vec![write(0, 0, blocks(1, 10))]).await.unwrap();
+        append(&machine.replica, vec![write(1, 1, blocks(1, 11))]).await.unwrap();
+        let mut log = machine.replica.log();
+        log.save_committed(Some(log_id(1, 0))).await.unwrap();
+        append(&machine.replica, vec![write(2, 2, blocks(1, 12))]).await.unwrap();
+        // A leader of term 3 has other entries from 2 on.
+        log.truncate_after(Some(log_id(1, 1))).await.unwrap();
+        append(&machine.replica, vec![of_term(3, 2, 2, blocks(1, 22))]).await.unwrap();
+        log.save_committed(Some(log_id(3, 2))).await.unwrap();
+        append(&machine.replica, vec![of_term(3, 3, 3, blocks(1, 23))]).await.unwrap();
+        append(&machine.replica, vec![of_term(3, 4, 4, blocks(1, 24))]).await.unwrap();
+        let mut image = env.image(&path());
+        let header = place_of(&image, &blocks(1, 22)) - 1;
+        assert!(Batch::decode(&image.block(header).into()).is_ok());
+        image.rot(header, 200);
+        let (env, pool, report, machine) = open(image).await;
+        assert_eq!(report.suspects, [ReplicaId(1)]);
+        let mut log = machine.replica.log();
+        assert_eq!(log.read_committed().await.unwrap(), Some(log_id(1, 0)));
+        assert_eq!(log.get_log_state().await.unwrap().last_log_id, Some(log_id(1, 2)));
+        // The leader brings it up, and it is good again: nothing of that may be left out later.
+        log.truncate_after(Some(log_id(1, 1))).await.unwrap();
+        for (index, data) in [(2, 22), (3, 23), (4, 24)] {
+            let entry = of_term(3, index, index, blocks(1, data));
+            append(&machine.replica, vec![entry]).await.unwrap();
+        }
+        machine.replica.clear_suspect(4, 4).unwrap();
+        for checkpointed in [false, true] {
+            if checkpointed {
+                pool.checkpoint().await.unwrap();
+            }
+            let (_, _, _, machine) = open(env.image(&path())).await;
+            let mut log = machine.replica.log();
+            assert_eq!(log.get_log_state().await.unwrap().last_log_id, Some(log_id(3, 4)));
+        }
+    });
+}
+
+/// The same without anything replaced: the log goes on behind what it kept, under another leader.
+#[test]
+fn what_comes_after_an_opening_with_a_hole_is_kept() {
+    run(async {
+        let (env, _pool, machine) = fresh().await;
+        for index in 0..4 {
+            append(&machine.replica, vec![write(index, index, blocks(1, index))]).await.unwrap();
+        }
+        let mut image = env.image(&path());
+        image.rot(place_of(&image, &blocks(1, 2)) - 1, 200);
+        let (env, _pool, report, machine) = open(image).await;
+        assert_eq!(report.suspects, [ReplicaId(1)]);
+        append(&machine.replica, vec![of_term(3, 2, 2, blocks(1, 32))]).await.unwrap();
+        append(&machine.replica, vec![of_term(3, 3, 3, blocks(1, 33))]).await.unwrap();
+        machine.replica.clear_suspect(4, 3).unwrap();
+        let (_, _, _, machine) = open(env.image(&path())).await;
+        let mut log = machine.replica.log();
+        assert_eq!(log.get_log_state().await.unwrap().last_log_id, Some(log_id(3, 3)));
+        assert_eq!(log.try_get_log_entries(0..4).await.unwrap().len(), 4);
     });
 }
 

@@ -74,6 +74,24 @@ impl LogIndex {
         self.slots.back().map(|slot| slot.entry.log_id).or(self.purged)
     }
 
+    /// Which entry is at `index`, if that is known.
+    fn id_at(&self, index: u64) -> Option<LogId> {
+        let retained = self.get(index).map(|slot| slot.entry.log_id);
+        retained.or(self.purged.filter(|purged| purged.index == index))
+    }
+
+    /// Whether exactly this entry is here: then those before it are its leader's, too.
+    pub fn holds(&self, id: LogId) -> bool {
+        self.id_at(id.index) == Some(id)
+    }
+
+    /// Whether what is before `id` here is what its leader had there: an entry of the same leader
+    /// goes before it, or nothing does.
+    pub fn is_followed_by(&self, id: LogId) -> bool {
+        let Some(before) = id.index.checked_sub(1) else { return true };
+        self.id_at(before).is_some_and(|before| before.leader_id == id.leader_id)
+    }
+
     /// Retained entries in bytes on disk, an upper bound.
     pub fn bytes(&self) -> u64 {
         self.bytes

@@ -28,7 +28,7 @@ use crate::replica::resync::ResyncState;
 use crate::replica::saved::{Packed, PoolV1, ReplicaV1, ResyncV1, SuspectV1, unpack};
 use crate::replica::{Health, InstallState, Restored};
 use crate::stream::{
-    Finding, Opened, PayloadState, RecordKind, Replayed, StreamId, Suspicion, suspects,
+    Finding, Opened, PayloadState, RecordKind, Replayed, SpaceClass, StreamId, Suspicion, suspects,
 };
 use crate::types::{LogId, StoredMembership, Vote};
 
@@ -105,6 +105,7 @@ async fn recover<E: Env>(
             replica.suspect();
         }
         replica.settle();
+        replica.mark_end()?;
     }
     count_pages(shared);
     Ok(())
@@ -228,6 +229,9 @@ async fn replay_one<E: Env>(
         tracing::error!(replica = %record.replica, "record of a replica that is not known");
         return Ok(());
     };
+    if record.op != replica.op.get() + 1 {
+        replica.parted.set(true);
+    }
     replica.op.set(record.op);
     let problem = |problem: String| refused(&replica, &problem);
     match record.kind {
@@ -238,16 +242,28 @@ async fn replay_one<E: Env>(
         }
         RecordKind::Truncate => {
             let last = decode::<LogPointV1>(record).map_err(problem)?.id.map(LogId::from);
+            if last.is_none_or(|last| replica.log.borrow().holds(last)) {
+                replica.parted.set(false);
+            }
             replica.truncate_index(last);
         }
         RecordKind::Purge => {
-            if let Some(upto) = decode::<LogPointV1>(record).map_err(problem)?.id {
-                replica.purge_index(upto.into());
+            let upto = decode::<LogPointV1>(record).map_err(problem)?.id.map(LogId::from);
+            let applied = replica.applied.borrow().id;
+            if let Some(upto) = upto
+                && (!replica.parted.get() || Some(upto) <= applied)
+            {
+                replica.purge_index(upto);
             }
         }
         RecordKind::Committed => {
             let id = decode::<LogPointV1>(record).map_err(problem)?.id.map(LogId::from);
-            replica.log.borrow_mut().committed = id;
+            let mut log = replica.log.borrow_mut();
+            // Of an entry that is not here it says nothing, not even of those before it: they may
+            // be another leader's, which were replaced.
+            if id.is_some_and(|id| log.holds(id)) {
+                log.committed = log.committed.max(id);
+            }
         }
         RecordKind::DropReplica => shared.forget(&replica),
         RecordKind::MovedEntry => {
@@ -292,9 +308,6 @@ async fn read_votes<E: Env>(shared: &Rc<Shared<E>>, suspects: &BTreeMap<ReplicaI
         }
         let mut log = replica.log.borrow_mut();
         log.vote = later_vote(log.vote, second);
-        // A hint that outlived the entries it speaks of says nothing.
-        let held = log.last().max(replica.applied.borrow().id);
-        log.committed = log.committed.min(held);
         let term = log.vote.map_or(0, |vote| vote.leader_id.term);
         let last_term = log.last().map_or(0, |last| crate::types::term_of(&last));
         let mut health = replica.health.borrow_mut();
@@ -344,13 +357,18 @@ impl<E: Env> ReplicaInner<E> {
         let slot = self.unpacked(packed).await?;
         let id = slot.entry.log_id;
         let next = self.log.borrow().last().map_or(0, |last| last.index + 1);
+        let known = !self.parted.get() || self.log.borrow().is_followed_by(id);
+        if !known || id.index > next {
+            self.suspect();
+            self.retain(&slot);
+            self.release(&[slot], true);
+            return Ok(());
+        }
+        self.parted.set(false);
         if id.index != next {
             // Between records of which none is lost this can't be: openraft's log has no holes, and
             // starts at 0.
             self.suspect();
-            if id.index > next {
-                return Ok(());
-            }
             let keep = {
                 let log = self.log.borrow();
                 let before = id.index.checked_sub(1).and_then(|index| log.get(index));
@@ -416,13 +434,25 @@ impl<E: Env> ReplicaInner<E> {
         Ok(())
     }
 
+    /// Says where the log ends now, if records were lost: to the next opening, what this one left
+    /// out must not look as if it were between what is here and what comes.
+    fn mark_end(&self) -> Result<(), OpenPoolError> {
+        if !self.parted.replace(false) {
+            return Ok(());
+        }
+        let body = LogPointV1 { id: self.log.borrow().last().map(Into::into) }.encode_to_vec();
+        let marked = self.append(SpaceClass::Control, RecordKind::Truncate, &body, None, &[]);
+        marked.map(|_| ()).map_err(|error| refused(self, &format!("end of the log: {error}")))
+    }
+
     /// The last step: what is in the log is durable, and what was restored is known.
     fn settle(&self) {
         let applied = self.applied.borrow();
         let mut log = self.log.borrow_mut();
         self.durable.set(log.last());
-        // A hint may be ahead of what a suspect still has.
-        log.committed = log.committed.min(log.last().max(applied.id));
+        // A hint may be ahead of what a suspect still has, or speak of what took its place.
+        let committed = log.committed.filter(|id| Some(*id) <= applied.id || log.holds(*id));
+        log.committed = committed.or(applied.id);
         self.committed_unsaved.set(false);
         let state = self.restored.borrow().state.clone();
         let membership: StoredMembership = applied.membership.clone();

@@ -52,6 +52,9 @@ pub(crate) struct ReplicaInner<E: Env> {
     /// Nothing was applied since: the state is the restored one, whatever the source says.
     pub state_is_restored: Cell<bool>,
     pub health: RefCell<Health>,
+    /// While the pool is opened: records were lost, and those behind them are not known to go on
+    /// where the log ends. What was between may have taken entries out of it and put others in.
+    pub parted: Cell<bool>,
     pub dropped: Cell<bool>,
     /// The extent map could not be loaded; the one here is empty.
     pub map_lost: Cell<bool>,
@@ -106,6 +109,7 @@ impl<E: Env> ReplicaInner<E> {
             restored: RefCell::default(),
             state_is_restored: Cell::new(true),
             health: RefCell::new(Health::Good),
+            parted: Cell::new(false),
             dropped: Cell::new(false),
             map_lost: Cell::new(false),
             mixed_upto: Cell::new(Sequence(0)),

@@ -42,6 +42,7 @@ impl<E: Env> ReplicaInner<E> {
     /// The switch itself: memory only, no await.
     pub fn switch(&self, state: &InstallState, resync: &ResyncState<E>) {
         resync.installed.set(true);
+        self.parted.set(false);
         {
             let mut applied = self.applied.borrow_mut();
             applied.membership = state.membership.clone();
