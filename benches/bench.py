@@ -26,9 +26,13 @@ WORKS = {
     "w4k-qd1-flush": (["--rw=randwrite", "--bs=4k", "--iodepth=1"], True),
     "r4k-qd32": (["--rw=randread", "--bs=4k", "--iodepth=32"], False),
     "r4k-qd1": (["--rw=randread", "--bs=4k", "--iodepth=1"], False),
+    "r128k-scattered": (["--rw=read", "--bs=128k", "--iodepth=8"], False),
     "w128k-seq": (["--rw=write", "--bs=128k", "--iodepth=8"], False),
     "r128k-seq": (["--rw=read", "--bs=128k", "--iodepth=8"], False),
 }
+
+# Read in the order in which it was written: before it the whole region is written so.
+REWRITTEN = {"r128k-seq"}
 
 # The work whose time is told by step.
 SPLIT_WORK = "w4k-qd1"
@@ -162,6 +166,13 @@ def fill(target, size_mib):
         time.sleep(FILL_PAUSE)
 
 
+def rewrite(target, size_mib):
+    """The region as a sequential writer leaves it: what lies in a log lies in order again."""
+    options, _ = WORKS["w128k-seq"]
+    fio(["--name=rewrite", *target.fio_options(), *options, f"--size={size_mib}m"])
+    time.sleep(FILL_PAUSE)
+
+
 def split_between(before, after):
     """Mean time of each step in us, and how often it was taken."""
     split = {}
@@ -204,6 +215,8 @@ def measure(arguments, running, writer, flush, splits):
     for round_number in range(1, arguments.rounds + 1):
         for work in arguments.works.split(","):
             for target in running:
+                if work in REWRITTEN:
+                    rewrite(target, arguments.size_mib)
                 before = target.stage_totals()
                 row = one_run(target, work, round_number, arguments, base_us)
                 writer.writerow(row)

@@ -19,6 +19,7 @@ TITLES = {
     "w4k-qd1-flush": "4k random write + flush, QD1",
     "r4k-qd32": "4k random read, QD32",
     "r4k-qd1": "4k random read, QD1",
+    "r128k-scattered": "128k sequential read of random writes, QD8",
     "w128k-seq": "128k sequential write, QD8",
     "r128k-seq": "128k sequential read, QD8",
 }

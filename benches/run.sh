@@ -5,7 +5,7 @@
 #   benches/run.sh [--rounds 5] [--seconds 3] [--targets raw,nbdkit,qemu-nbd,ceph,ours] [...]
 #
 # `benches/run.sh --help` lists all options. Needs root for the peers' packages. Takes about
-# 7 works x 5 targets x 5 rounds x (seconds + 2), and some minutes more to set up: a quarter of
+# 8 works x 5 targets x 5 rounds x (seconds + 2), and some minutes more to set up: a quarter of
 # an hour on a quiet machine.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -64,17 +64,22 @@ pub const FAMILY_INFLIGHT_BYTES_MAX: usize = 32 << 20;
 /// that a round's own cost does not count, and go while others are under way.
 pub const GATHER_BYTES_MAX: usize = 16 << 10;
 
+/// Writes of a round that wait for no more: a round's own cost, shared by so many, is as much as one of
+/// them costs anyway (benches/README.md).
+pub const GATHER_WRITES_ENOUGH: usize = 32;
+
 /// How long a round waits for the next host that the one before has answered, in microseconds: what
 /// a host on a busy machine takes to see an answer and to send its next request.
-pub const GATHER_PAUSE_US_MAX: u64 = 400;
+pub const GATHER_PAUSE_US_MAX: u64 = 1_000;
 
-/// How long a round waits for all of them, in microseconds: about what a round takes itself.
-pub const GATHER_US_MAX: u64 = 2_000;
+/// How long a round waits for all of them, in microseconds: one or two rounds.
+pub const GATHER_US_MAX: u64 = 3_000;
 
-/// Writes that go as they come after the first round that waited in vain, and after many in
-/// succession: the time waited in vain stays far below one in a thousand of theirs.
+/// Writes that go as they come after a round that waited in vain: after the first.
 pub const GATHER_FREE_WRITES_MIN: u32 = 32;
-/// See [`GATHER_FREE_WRITES_MIN`].
+
+/// Writes that go as they come after many rounds that waited in vain: what is waited then is far below
+/// a thousandth of their time.
 pub const GATHER_FREE_WRITES_MAX: u32 = 4096;
 
 /// Log entries kept for lagging followers, per family, in bytes of payload and headers: what a
