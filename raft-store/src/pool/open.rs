@@ -229,7 +229,8 @@ async fn replay_one<E: Env>(
         tracing::error!(replica = %record.replica, "record of a replica that is not known");
         return Ok(());
     };
-    if record.op != replica.op.get() + 1 {
+    // Alone, nobody ever took anything out of its log.
+    if record.op != replica.op.get() + 1 && !replica.is_alone() {
         replica.parted.set(true);
     }
     replica.op.set(record.op);
@@ -379,6 +380,12 @@ impl<E: Env> ReplicaInner<E> {
         self.retain(&slot);
         self.log.borrow_mut().push(slot);
         Ok(())
+    }
+
+    /// Whether it is its family's only voter.
+    fn is_alone(&self) -> bool {
+        let applied = self.applied.borrow();
+        applied.membership.membership().voter_ids().eq([self.descriptor.replica.0])
     }
 
     /// May have lost something that it acknowledged.
