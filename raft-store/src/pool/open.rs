@@ -241,30 +241,9 @@ async fn replay_one<E: Env>(
             let vote: Vote = decode::<VoteV1>(record).map_err(problem)?.into();
             replica.log.borrow_mut().vote = Some(vote);
         }
-        RecordKind::Truncate => {
-            let last = decode::<LogPointV1>(record).map_err(problem)?.id.map(LogId::from);
-            if last.is_none_or(|last| replica.log.borrow().holds(last)) {
-                replica.parted.set(false);
-            }
-            replica.truncate_index(last);
-        }
-        RecordKind::Purge => {
-            let upto = decode::<LogPointV1>(record).map_err(problem)?.id.map(LogId::from);
-            let applied = replica.applied.borrow().id;
-            if let Some(upto) = upto
-                && (!replica.parted.get() || Some(upto) <= applied)
-            {
-                replica.purge_index(upto);
-            }
-        }
-        RecordKind::Committed => {
+        kind @ (RecordKind::Truncate | RecordKind::Purge | RecordKind::Committed) => {
             let id = decode::<LogPointV1>(record).map_err(problem)?.id.map(LogId::from);
-            let mut log = replica.log.borrow_mut();
-            // Of an entry that is not here it says nothing, not even of those before it: they may
-            // be another leader's, which were replaced.
-            if id.is_some_and(|id| log.holds(id)) {
-                log.committed = log.committed.max(id);
-            }
+            replica.replay_point(kind, id);
         }
         RecordKind::DropReplica => shared.forget(&replica),
         RecordKind::MovedEntry => {
@@ -343,6 +322,34 @@ impl<E: Env> ReplicaInner<E> {
         let buffer = self.shared.streams.buffers().get(blocks as usize * BLOCK_SIZE);
         let read = self.shared.streams.read_blocks(place, blocks, buffer).await;
         Ok(read.map_err(|error| error.to_string())?.freeze())
+    }
+
+    /// A record that says something of the log up to `id`.
+    fn replay_point(&self, kind: RecordKind, id: Option<LogId>) {
+        match kind {
+            RecordKind::Truncate => {
+                if id.is_none_or(|id| self.log.borrow().holds(id)) {
+                    self.parted.set(false);
+                }
+                self.truncate_index(id);
+            }
+            RecordKind::Purge => {
+                let applied = self.applied.borrow().id;
+                if let Some(upto) = id
+                    && (!self.parted.get() || Some(upto) <= applied)
+                {
+                    self.purge_index(upto);
+                }
+            }
+            _ => {
+                let mut log = self.log.borrow_mut();
+                // Of an entry that is not here it says nothing, not even of those before it: they
+                // may be another leader's, which were replaced.
+                if id.is_some_and(|id| log.holds(id)) {
+                    log.committed = log.committed.max(id);
+                }
+            }
+        }
     }
 
     async fn replay_entry(&self, record: &Replayed) -> Result<(), String> {
