@@ -221,7 +221,22 @@ fn needs_flush(device: u64) -> bool {
     volatile && attribute("fua").is_ok_and(|text| text.trim() == "0")
 }
 
-fn lock(path: &Path, file: File) -> Result<Flock<File>, OpenError> {
+/// How often a lock that another holds is asked for again, and how long to wait in between: a process
+/// that was killed holds its files until the kernel has ended what its ring had in flight, which is
+/// after the process is gone.
+const LOCK_TRIES: u32 = 100;
+const LOCK_PAUSE: std::time::Duration = std::time::Duration::from_millis(20);
+
+fn lock(path: &Path, mut file: File) -> Result<Flock<File>, OpenError> {
+    for _ in 1..LOCK_TRIES {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(locked) => return Ok(locked),
+            Err((held, Errno::EWOULDBLOCK)) => file = held,
+            Err((_, errno)) => return Err(failed(path, "flock", errno.into())),
+        }
+        // Nothing else runs yet on a shard that opens its pool.
+        std::thread::sleep(LOCK_PAUSE);
+    }
     Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
         Errno::EWOULDBLOCK => OpenError::Locked(path.to_owned()),
         _ => failed(path, "flock", errno.into()),
