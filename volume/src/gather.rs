@@ -3,9 +3,9 @@
 //! What is proposed together shares a frame to each follower, a disk write and an answer on every
 //! node. So a family's small writes go in rounds: who comes while one is under way waits for its
 //! end, and then a moment longer for the hosts that it answered, whose next writes are on their way.
-//! So many that more would save nothing wait for nobody. Where nobody comes in that moment, writes go
-//! as they come for a while. A write that is alone waits for nobody. Never refuses, and never changes the order of a host's own writes, which has
-//! none but by their answers.
+//! So many that more would save nothing wait for nobody. Where nobody comes in that moment, writes
+//! go as they come for a while. A write that is alone waits for nobody. Never refuses, and never
+//! changes the order of a host's own writes, which has none but by their answers.
 
 use std::cell::RefCell;
 use std::rc::{Rc, Weak};
