@@ -67,6 +67,11 @@ number_id!(
     NodeId(u32), "node-"
 );
 number_id!(
+    /// A shard of a node: the thread that has one of its pools, numbered from 0 in the order of the
+    /// node's pools. Replicas of a volume are all on shards of the same number.
+    ShardId(u32), "shard-"
+);
+number_id!(
     /// A family: a volume, its snapshots and clones; one Raft group. 0 is the cluster group.
     FamilyId(u64), "family-"
 );

@@ -14,5 +14,5 @@ pub use command::{IoCommand, IoError, IoReply};
 pub use geometry::{BLOCK_SIZE, BlockRange, ByteRange};
 pub use ids::{
     AttachmentId, BranchId, ClusterId, Epoch, FamilyId, Generation, NodeId, PoolId, ReplicaId,
-    Sequence, VolumeId,
+    Sequence, ShardId, VolumeId,
 };

@@ -314,6 +314,10 @@ pub const LABEL_BYTES_MAX: usize = 317;
 /// Pools that one node can ever have registered, lost ones included: the state stays small.
 pub const NODE_POOLS_MAX: usize = 64;
 
+/// Pools that one node serves at a time, each by a shard of its own: more disks than a storage node
+/// mostly has, and as many threads.
+pub const NODE_SHARDS_MAX: usize = 16;
+
 /// A request to the administration interface, in bytes: the largest holds a few names.
 pub const ADMIN_REQUEST_BYTES_MAX: usize = 64 << 10;
 
