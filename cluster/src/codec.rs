@@ -4,7 +4,8 @@
 use std::collections::BTreeMap;
 
 use ballast_block::checksum::crc32;
-use ballast_block::{ClusterId, FamilyId, NodeId, PoolId, ReplicaId, VolumeId};
+use ballast_block::limits::NODE_SHARDS_MAX;
+use ballast_block::{ClusterId, FamilyId, NodeId, PoolId, ReplicaId, ShardId, VolumeId};
 use prost::Message;
 use thiserror::Error;
 
@@ -68,6 +69,12 @@ pub enum StateProblem {
     /// A volume's list of replicas and the replicas differ.
     #[error("a volume and its replicas disagree")]
     ReplicaMismatch,
+    /// A shard's number is over the limit.
+    #[error("a shard's number is over the limit")]
+    ShardInvalid,
+    /// A replica's pool is of another shard than its volume.
+    #[error("a replica is on another shard than its volume")]
+    ShardMismatch,
     /// Two replicas of one volume are on one node.
     #[error("two replicas of one volume are on one node")]
     SharedNode,
@@ -109,7 +116,14 @@ impl ClusterState {
     fn min_reader(&self) -> u32 {
         let marked = self.pools.values().any(|pool| pool.mark != 0);
         let replaced = self.nodes.values().any(|node| node.member.is_some());
-        if marked || replaced { 2 } else { 1 }
+        // A volume's pools have its shard: looking at the pools is enough.
+        if self.pools.values().any(|pool| pool.shard != ShardId(0)) {
+            3
+        } else if marked || replaced {
+            2
+        } else {
+            1
+        }
     }
 
     /// From what [`ClusterState::encode`] gave.
@@ -180,6 +194,9 @@ impl ClusterState {
         if self.pools.values().any(|pool| !self.nodes.contains_key(&pool.node)) {
             return Err(StateProblem::UnknownNode);
         }
+        if self.pools.values().any(|pool| pool.shard.0 as usize >= NODE_SHARDS_MAX) {
+            return Err(StateProblem::ShardInvalid);
+        }
         let listed: usize = self.volumes.values().map(|volume| volume.replicas.len()).sum();
         if listed != self.replicas.len() {
             return Err(StateProblem::ReplicaMismatch);
@@ -197,8 +214,12 @@ impl ClusterState {
             if replica.family != volume.family {
                 return Err(StateProblem::ReplicaMismatch);
             }
-            if self.pools.get(&replica.pool).map(|pool| pool.node) != Some(replica.node) {
+            let pool = self.pools.get(&replica.pool).ok_or(StateProblem::PoolMismatch)?;
+            if pool.node != replica.node {
                 return Err(StateProblem::PoolMismatch);
+            }
+            if pool.shard != volume.shard {
+                return Err(StateProblem::ShardMismatch);
             }
             let removal = matches!(replica.state, ReplicaState::Removing | ReplicaState::Removed);
             if removal != (volume.phase == VolumePhase::Deleting) {
@@ -263,6 +284,7 @@ impl From<&Pool> for PoolRecord {
         let mut record = PoolRecord {
             id: pool.id.as_bytes().to_vec(),
             node: pool.node.0,
+            shard: pool.shard.0,
             boot_counter: pool.boot_counter,
             incarnation: pool.incarnation,
             space: Some(pool.space.into()),
@@ -281,6 +303,7 @@ impl TryFrom<PoolRecord> for Pool {
         Ok(Pool {
             id: PoolId::from_bytes(id_bytes(&record.id)?),
             node: NodeId(record.node),
+            shard: ShardId(record.shard),
             boot_counter: record.boot_counter,
             incarnation: record.incarnation,
             mark: record.mark,
@@ -297,6 +320,7 @@ impl From<&Volume> for VolumeRecord {
             name: volume.name.clone(),
             size_bytes: volume.size_bytes,
             family: volume.family.0,
+            shard: volume.shard.0,
             replica_count: volume.replica_count,
             replicas: volume.replicas.iter().map(|replica| replica.0).collect(),
             created_at_ms: volume.created_at_ms,
@@ -326,6 +350,7 @@ impl TryFrom<VolumeRecord> for Volume {
                 founded => founded,
             },
             family: FamilyId(record.family),
+            shard: ShardId(record.shard),
             replica_count: record.replica_count,
             replicas: record.replicas.into_iter().map(ReplicaId).collect(),
             created_at_ms: record.created_at_ms,

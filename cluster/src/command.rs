@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use ballast_block::{FamilyId, NodeId, PoolId, ReplicaId, VolumeId};
+use ballast_block::{FamilyId, NodeId, PoolId, ReplicaId, ShardId, VolumeId};
 use prost::Message;
 use thiserror::Error;
 
@@ -10,7 +10,7 @@ use crate::view::{PoolSpace, PoolState};
 use crate::wire::{self, CommandKind, CommandRecord};
 
 /// The newest commands and states that this build understands.
-pub const READER_VERSION: u32 = 2;
+pub const READER_VERSION: u32 = 3;
 
 /// One entry of the cluster group's log. Each may be applied twice: the second time changes nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -101,6 +101,8 @@ pub struct NodeBooted {
     pub node: NodeId,
     /// Its pool.
     pub pool: PoolId,
+    /// The node's shard that serves the pool.
+    pub shard: ShardId,
     /// The counter that this start wrote to the pool's superblocks, from 1.
     pub boot_counter: u64,
     /// Random, drawn once per process start.
@@ -113,7 +115,7 @@ pub struct NodeBooted {
     pub settled_boot: u64,
     /// The mark that it offers; 0 = an older program reports.
     pub offered: u64,
-    /// The pool's member of the cluster group, if it has one.
+    /// The pool's member of the cluster group, if it has one: only pools of shard 0 do.
     pub member: Option<ReplicaId>,
 }
 
@@ -174,6 +176,7 @@ impl Command {
     /// higher one, and may be proposed only when all registered nodes have it.
     pub fn min_reader(&self) -> u32 {
         match self {
+            Command::NodeBooted(it) if it.shard != ShardId(0) => 3,
             Command::NodeBooted(it) if it.offered != 0 || it.member.is_some() => 2,
             Command::ReplacePool { .. } | Command::ReplaceReplica { .. } => 2,
             _ => 1,
@@ -219,6 +222,7 @@ impl From<&Command> for CommandKind {
             Command::NodeBooted(it) => CommandKind::NodeBooted(wire::NodeBooted {
                 node: it.node.0,
                 pool: it.pool.as_bytes().to_vec(),
+                shard: it.shard.0,
                 boot_counter: it.boot_counter,
                 incarnation: it.incarnation,
                 space: Some(it.space.into()),
@@ -282,6 +286,7 @@ impl TryFrom<CommandKind> for Command {
             CommandKind::NodeBooted(it) => Command::NodeBooted(NodeBooted {
                 node: NodeId(it.node),
                 pool: PoolId::from_bytes(id_bytes(&it.pool)?),
+                shard: ShardId(it.shard),
                 boot_counter: it.boot_counter,
                 incarnation: it.incarnation,
                 space: it.space.unwrap_or_default().into(),

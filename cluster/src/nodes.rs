@@ -1,7 +1,7 @@
 //! Commands about nodes and pools.
 
 use ballast_block::limits::{CLUSTER_NODES_MAX, NODE_POOLS_MAX};
-use ballast_block::{FamilyId, NodeId, PoolId, ReplicaId};
+use ballast_block::{FamilyId, NodeId, PoolId, ReplicaId, ShardId};
 
 use crate::command::{NodeBooted, RegisterNode};
 use crate::error::Refusal;
@@ -92,7 +92,8 @@ impl ClusterState {
 
     /// A pool that was never seen: the node's first, or one that was made to replace a lost one.
     fn add_pool(&mut self, command: &NodeBooted) -> Result<Outcome, Refusal> {
-        let NodeBooted { node, pool: id, boot_counter, incarnation, space, offered, .. } = *command;
+        let NodeBooted { node, pool: id, shard, boot_counter, incarnation, space, offered, .. } =
+            *command;
         let others: Vec<Pool> = self.pools_on(node).copied().collect();
         if others.len() >= NODE_POOLS_MAX {
             return Err(Refusal::TooManyPools { node, pool: id });
@@ -112,7 +113,8 @@ impl ClusterState {
         }
         let state = PoolState::Ok;
         let mark = offered;
-        self.pools.insert(id, Pool { id, node, boot_counter, incarnation, mark, space, state });
+        self.pools
+            .insert(id, Pool { id, node, shard, boot_counter, incarnation, mark, space, state });
         self.nodes.get_mut(&node).expect("the caller found it").state = NodeState::Active;
         if expected {
             self.replace_replicas(node, id);
@@ -263,5 +265,12 @@ impl ClusterState {
     /// The pools of a node, by id.
     pub fn pools_on(&self, node: NodeId) -> impl Iterator<Item = &Pool> {
         self.pools.values().filter(move |pool| pool.node == node)
+    }
+
+    /// The pools of a node's shard, by id: one that serves at most, and lost ones that are not
+    /// forgotten yet. On shard 0 there can be more that serve, where their nodes have no member of
+    /// the cluster group.
+    pub fn pools_of(&self, node: NodeId, shard: ShardId) -> impl Iterator<Item = &Pool> {
+        self.pools_on(node).filter(move |pool| pool.shard == shard)
     }
 }

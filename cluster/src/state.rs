@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use ballast_block::{ClusterId, FamilyId, NodeId, PoolId, ReplicaId, VolumeId};
+use ballast_block::{ClusterId, FamilyId, NodeId, PoolId, ReplicaId, ShardId, VolumeId};
 
 use crate::command::Command;
 use crate::error::Refusal;
@@ -206,6 +206,17 @@ impl ClusterState {
     /// The replicas on a node, by id: what the node compares its pools with.
     pub fn replicas_on(&self, node: NodeId) -> impl Iterator<Item = &Replica> {
         self.replicas.values().filter(move |replica| replica.node == node)
+    }
+
+    /// The replicas in the pools of a node's shard, by id: what that shard compares its pool with.
+    pub fn replicas_on_shard(
+        &self,
+        node: NodeId,
+        shard: ShardId,
+    ) -> impl Iterator<Item = &Replica> {
+        // Mostly one: cheaper to compare with than to look up each replica's pool.
+        let pools: Vec<PoolId> = self.pools_of(node, shard).map(|pool| pool.id).collect();
+        self.replicas_on(node).filter(move |replica| pools.contains(&replica.pool))
     }
 
     /// The replica whose node initialises the family's Raft group, once all its replicas are ready:

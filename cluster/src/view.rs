@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use ballast_block::{FamilyId, NodeId, PoolId, ReplicaId, VolumeId};
+use ballast_block::{FamilyId, NodeId, PoolId, ReplicaId, ShardId, VolumeId};
 
 /// A storage node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +47,8 @@ pub struct Pool {
     pub id: PoolId,
     /// The node it lies on.
     pub node: NodeId,
+    /// The node's shard that serves it, as at its first start. Never changes.
+    pub shard: ShardId,
     /// The start counter of its superblock, as last accepted. Only grows.
     pub boot_counter: u64,
     /// The process that reported that start; tells a repeated report from a second start.
@@ -109,6 +111,8 @@ pub struct Volume {
     pub founded_bytes: u64,
     /// Its family: the Raft group that replicates it.
     pub family: FamilyId,
+    /// The shard, on every node, that its replicas' pools belong to. Never changes.
+    pub shard: ShardId,
     /// How many replicas it is to have.
     pub replica_count: u32,
     /// Its replicas, lost ones included, in rising order.

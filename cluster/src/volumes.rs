@@ -1,6 +1,6 @@
 //! Commands about volumes and their replicas.
 
-use ballast_block::{FamilyId, ReplicaId, VolumeId};
+use ballast_block::{FamilyId, ReplicaId, ShardId, VolumeId};
 
 use crate::command::CreateVolume;
 use crate::error::Refusal;
@@ -36,6 +36,7 @@ impl ClusterState {
             size_bytes: command.size_bytes,
             founded_bytes: command.size_bytes,
             family,
+            shard: ShardId(0),
             replica_count: command.replicas,
             replicas,
             created_at_ms: command.created_at_ms,

@@ -73,6 +73,8 @@ pub struct NodeBooted {
     pub offered: u64,
     #[prost(uint64, tag = "9")]
     pub member: u64,
+    #[prost(uint32, tag = "10")]
+    pub shard: u32,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -203,6 +205,8 @@ pub struct PoolRecord {
     pub state: i32,
     #[prost(fixed64, tag = "7")]
     pub mark: u64,
+    #[prost(uint32, tag = "8")]
+    pub shard: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, Message)]
@@ -234,6 +238,8 @@ pub struct VolumeRecord {
     /// Left out where it is `size_bytes`.
     #[prost(uint64, tag = "9")]
     pub founded_bytes: u64,
+    #[prost(uint32, tag = "10")]
+    pub shard: u32,
 }
 
 #[derive(Clone, PartialEq, Message)]

@@ -138,9 +138,9 @@ fn damage_is_found() {
 
 #[test]
 fn what_is_too_new_is_not_skipped() {
-    // min_reader (field 1) = 3, and a kind (field 99) that nobody knows.
-    let newer = [0x08, 3, 0x9a, 0x06, 0];
-    assert_eq!(Command::decode(&newer), Err(CommandError::TooNew { needs: 3 }));
+    // min_reader (field 1) = 4, and a kind (field 99) that nobody knows.
+    let newer = [0x08, 4, 0x9a, 0x06, 0];
+    assert_eq!(Command::decode(&newer), Err(CommandError::TooNew { needs: 4 }));
     let unknown_kind = [0x08, 1, 0x9a, 0x06, 0];
     assert!(matches!(Command::decode(&unknown_kind), Err(CommandError::Malformed(_))));
     assert!(matches!(Command::decode(&[]), Err(CommandError::Malformed(_))));

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
+use ballast_block::ShardId;
 use ballast_cluster::{
     Command, NodeBooted, PoolSpace, RegisterNode, Replica, ReplicaState, Reply, Volume, VolumePhase,
 };
@@ -95,6 +96,7 @@ async fn announce<E: Env>(inner: &Rc<Inner<E>>) {
     let booted = Command::NodeBooted(NodeBooted {
         node: own.node,
         pool: identity.pool,
+        shard: ShardId(0),
         boot_counter: identity.boot,
         incarnation: identity.incarnation,
         space: space(inner),

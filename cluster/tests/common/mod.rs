@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use ballast_block::{ClusterId, NodeId, PoolId, VolumeId};
+use ballast_block::{ClusterId, NodeId, PoolId, ShardId, VolumeId};
 use ballast_cluster::{
     ClusterState, Command, CreateVolume, NodeBooted, PoolSpace, PoolState, Refusal, RegisterNode,
     Reply, Volume,
@@ -46,6 +46,7 @@ pub fn booted_with(
     Command::NodeBooted(NodeBooted {
         node: NodeId(node),
         pool,
+        shard: ShardId(0),
         boot_counter,
         incarnation,
         space,

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 
 use ballast_api::v1;
 use ballast_api::v1::admin_server::{Admin, AdminServer};
-use ballast_block::{ClusterId, FamilyId, NodeId, PoolId, VolumeId};
+use ballast_block::{ClusterId, FamilyId, NodeId, PoolId, ShardId, VolumeId};
 use ballast_cluster::{
     ClusterState, Command, CreateVolume, NodeBooted, PoolSpace, PoolState, RefusalCode,
     RegisterNode, ReplicaState, Reply, VolumePhase,
@@ -104,6 +104,7 @@ impl Fixture {
             let booted = cluster.apply(Command::NodeBooted(NodeBooted {
                 node: NodeId(number),
                 pool: PoolId::from_bytes([number as u8; 16]),
+                shard: ShardId(0),
                 boot_counter: 4,
                 incarnation: 1,
                 space: PoolSpace { capacity_bytes: 1024 * GIB, used_bytes: 300 * GIB },
