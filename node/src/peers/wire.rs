@@ -133,6 +133,9 @@ pub enum ReadFrameError {
     /// More than a frame may hold.
     #[error("peer frame of {0} bytes is over the limit")]
     FrameTooLarge(usize),
+    /// What follows a frame that must be answered first was read along with it.
+    #[error("peer sent {0} bytes more before the answer to its last frame: it must await that")]
+    BytesReadAhead(usize),
 }
 
 /// Reads frames.
@@ -149,6 +152,18 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     /// Over one half of a connection; payload memory comes from `pool`.
     pub fn new(inner: R, pool: BufferPool) -> Self {
         Self { inner, pool, ahead: vec![0; READ_BUFFER_BYTES].into(), start: 0, end: 0 }
+    }
+
+    /// Gives the connection back, for somebody else to read on behind the frames taken.
+    ///
+    /// # Errors
+    /// [`ReadFrameError::BytesReadAhead`] when more was received than those frames: it would be
+    /// lost.
+    pub fn into_inner(self) -> Result<R, ReadFrameError> {
+        match self.end - self.start {
+            0 => Ok(self.inner),
+            ahead => Err(ReadFrameError::BytesReadAhead(ahead)),
+        }
     }
 
     /// Fills `target`. Where much is missing it is read in place, else along with what follows.
@@ -292,5 +307,45 @@ impl OutQueue {
                 self.parts.pop_front();
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::Future;
+    use std::pin::pin;
+    use std::task::{Context, Waker};
+
+    use super::*;
+
+    fn next(reader: &mut FrameReader<&[u8]>) -> Frame {
+        match pin!(reader.next()).poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(frame) => frame.unwrap(),
+            Poll::Pending => unreachable!("memory is always ready"),
+        }
+    }
+
+    #[test]
+    fn the_connection_is_given_back_where_nothing_was_read_ahead() {
+        let frame = Frame::plain(Kind::Hello, 7, Bytes::from_static(b"who"));
+        let bytes = frame.encode_head();
+        let reader = FrameReader::new(&bytes[..], BufferPool::default());
+        assert_eq!(reader.into_inner().unwrap(), &bytes[..]);
+
+        let mut reader = FrameReader::new(&bytes[..], BufferPool::default());
+        assert_eq!(next(&mut reader).body, frame.body);
+        assert!(reader.into_inner().unwrap().is_empty());
+
+        let two = [&bytes[..], &bytes[..]].concat();
+        let mut reader = FrameReader::new(&two[..], BufferPool::default());
+        next(&mut reader);
+        match reader.into_inner().unwrap_err() {
+            ReadFrameError::BytesReadAhead(ahead) => assert_eq!(ahead, bytes.len()),
+            other => panic!("{other}"),
+        }
+        let mut reader = FrameReader::new(&two[..], BufferPool::default());
+        next(&mut reader);
+        next(&mut reader);
+        assert!(reader.into_inner().is_ok());
     }
 }
