@@ -89,6 +89,11 @@ impl Handshake {
         !matches!(self.state, State::Listing | State::Opening(_))
     }
 
+    /// Whether the caller is asked to open an export, and has not answered.
+    pub(crate) fn is_opening(&self) -> bool {
+        matches!(self.state, State::Opening(_))
+    }
+
     /// Takes one message of the client; `Ok(None)` and nothing taken: more bytes or an answer is
     /// needed.
     pub(crate) fn step(

@@ -25,4 +25,4 @@ pub use export::{
 };
 pub use in_flight::CommandId;
 pub use reply::ReplyQueue;
-pub use session::{Event, Session, Want};
+pub use session::{Event, Session, SuspendedHandshake, Want};

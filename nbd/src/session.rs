@@ -40,6 +40,21 @@ enum Phase {
     Failed(SessionError),
 }
 
+/// A session that waits for the answer to an [`Event::OpenExport`], on its way to the thread that
+/// has the answer. Holds what was negotiated, what was received and what is still to be sent.
+pub struct SuspendedHandshake {
+    handshake: Handshake,
+    input: Input,
+    replies: ReplyQueue,
+    shutting_down: bool,
+}
+
+const _: () = {
+    const fn is_send<T: Send>() {}
+    is_send::<SuspendedHandshake>();
+    is_send::<OpenExport>();
+};
+
 /// What the caller is asked to do.
 #[derive(Debug)]
 pub enum Event {
@@ -93,6 +108,27 @@ impl Session {
         let mut replies = ReplyQueue::default();
         let phase = Phase::Handshake(Handshake::new(&mut replies));
         Self { input: Input::new(), replies, phase, shutting_down: false }
+    }
+
+    /// Stops between [`Event::OpenExport`] and its answer, so that another thread can go on with
+    /// [`Session::resume`]. Bytes received are to be told before, by [`Session::received`].
+    ///
+    /// # Panics
+    /// When no export is to be opened: a bug of the caller.
+    pub fn suspend(self) -> SuspendedHandshake {
+        let Self { input, replies, phase, shutting_down } = self;
+        match phase {
+            Phase::Handshake(handshake) if handshake.is_opening() => {
+                SuspendedHandshake { handshake, input, replies, shutting_down }
+            }
+            _ => panic!("a session was suspended while it was not asking to open an export"),
+        }
+    }
+
+    /// Goes on where [`Session::suspend`] stopped: the next call is [`Session::export_opened`].
+    pub fn resume(suspended: SuspendedHandshake) -> Self {
+        let SuspendedHandshake { handshake, input, replies, shutting_down } = suspended;
+        Self { input, replies, phase: Phase::Handshake(handshake), shutting_down }
     }
 
     /// The next thing to do; `None` when there is nothing before what [`Session::want`] says.

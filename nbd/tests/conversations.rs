@@ -11,7 +11,7 @@ use ballast_nbd::{
     Event, ExportNameError, ListExportsError, OpenExportError, Session, SessionError, Want,
 };
 use bytes::Buf;
-use client::{SIZE, converse, export, go, meta, option, request, string};
+use client::{SIZE, converse, converse_across_threads, export, go, meta, option, request, string};
 use proptest::prelude::*;
 
 const FLAGS: &[u8] = &[0, 0, 0, 3];
@@ -450,6 +450,57 @@ fn completing_twice_is_a_bug() {
     session.complete(id, Ok(IoReply::Done));
 }
 
+#[test]
+fn exports_are_opened_by_other_threads() {
+    let requests = [
+        [request(0, 1, 1, 4096, 3), b"abc".to_vec()].concat(),
+        request(1, 0, 2, 0, 8192),
+        request(0, 7, 3, 0, 65536),
+        request(0, 2, 4, 0, 0),
+    ]
+    .concat();
+    let structured = [option(8, b""), meta(10, "disk", &["base:allocation"])].concat();
+    let refused = [go(6, "disk", &[1]), go(7, "held", &[]), go(7, "nosuch", &[])].concat();
+    for (handshake, opens) in [
+        ([FLAGS, &go(7, "disk", &[3])].concat(), 1),
+        ([FLAGS, &option(1, b"disk")].concat(), 1),
+        ([&[0, 0, 0, 1], &option(1, b"disk@ro")[..]].concat(), 1),
+        ([FLAGS, &option(1, b"nosuch")].concat(), 1),
+        ([FLAGS, &structured, &go(7, "disk", &[])].concat(), 1),
+        ([FLAGS, &structured, &option(1, b"disk")].concat(), 1),
+        ([FLAGS, &refused, &structured, &option(3, b""), &go(7, "disk", &[])].concat(), 4),
+    ] {
+        let input = [handshake, requests.clone()].concat();
+        for piece in [usize::MAX, 1, 50] {
+            let stays = converse(&input, &[piece]);
+            assert_eq!(converse_across_threads(&input, &[piece]), stays);
+            assert_eq!(stays.closed, stays.error.is_none());
+            let opened = stays.events.iter().filter(|event| event.starts_with("OpenExport"));
+            assert_eq!(opened.count(), opens);
+        }
+    }
+}
+
+#[test]
+fn what_is_not_sent_yet_moves_along() {
+    let mut session = Session::new();
+    feed(&mut session, &[FLAGS, &option(8, b""), &go(7, "disk", &[])].concat());
+    assert!(matches!(session.next_event(), Ok(Some(Event::OpenExport(_)))));
+    session.begin_shutdown();
+    let mut session = Session::resume(session.suspend());
+    session.export_opened(Ok(export()));
+    let opened = [export_info(7, 0x0ced), ack(7)].concat();
+    assert_eq!(sent(&mut session), [GREETING, &ack(8), &opened].concat());
+    feed(&mut session, &request(0, 3, 1, 0, 0));
+    assert!(matches!(session.next_event(), Ok(None)), "it still knows that the node stops");
+}
+
+#[test]
+#[should_panic(expected = "suspended while it was not asking to open an export")]
+fn suspending_a_session_that_asks_nothing_is_a_bug() {
+    attached().suspend();
+}
+
 fn any_option() -> impl Strategy<Value = Vec<u8>> {
     let name = prop::sample::select(vec!["", "disk", "held", "nosuch", "disk@x"]);
     let query = prop::sample::select(vec!["base:", "base:allocation", "x-a:b", "nocolon"]);
@@ -497,6 +548,8 @@ proptest! {
         prop_assert_eq!(&whole.error, &None);
         prop_assert_eq!(&converse(&input, &[1]), &whole);
         prop_assert_eq!(&converse(&input, &pieces), &whole);
+        prop_assert_eq!(&converse_across_threads(&input, &[usize::MAX]), &whole);
+        prop_assert_eq!(&converse_across_threads(&input, &pieces), &whole);
     }
 
     #[test]

@@ -61,15 +61,39 @@ pub struct Seen {
 
 /// Feeds `input` in pieces of the given sizes (over and over), answering all at once.
 pub fn converse(input: &[u8], pieces: &[usize]) -> Seen {
-    let mut session = Session::new();
-    let mut seen = Seen::default();
-    let mut left = input;
+    go_on(Session::new(), Seen::default(), input, pieces, false)
+}
+
+/// The same, but wherever an export is to be opened another thread answers and goes on.
+pub fn converse_across_threads(input: &[u8], pieces: &[usize]) -> Seen {
+    go_on(Session::new(), Seen::default(), input, pieces, true)
+}
+
+fn go_on(
+    mut session: Session,
+    mut seen: Seen,
+    mut left: &[u8],
+    pieces: &[usize],
+    moves: bool,
+) -> Seen {
     for size in pieces.iter().cycle() {
-        if let Err(error) = take_events(&mut session, &mut seen) {
-            let sent = session.replies();
-            seen.sent.extend(sent.copy_to_bytes(sent.remaining()));
-            seen.error = Some(error);
-            break;
+        match take_events(&mut session, &mut seen, moves) {
+            Ok(None) => {}
+            Ok(Some(open)) => {
+                let suspended = session.suspend();
+                let elsewhere = move || {
+                    let mut session = Session::resume(suspended);
+                    session.export_opened(opened(&open));
+                    go_on(session, seen, left, pieces, moves)
+                };
+                return std::thread::scope(|scope| scope.spawn(elsewhere).join().unwrap());
+            }
+            Err(error) => {
+                let sent = session.replies();
+                seen.sent.extend(sent.copy_to_bytes(sent.remaining()));
+                seen.error = Some(error);
+                break;
+            }
         }
         match session.want() {
             Want::Close => {
@@ -91,19 +115,27 @@ pub fn converse(input: &[u8], pieces: &[usize]) -> Seen {
     seen
 }
 
-fn take_events(session: &mut Session, seen: &mut Seen) -> Result<(), SessionError> {
+/// Answers all events, but not the opening of an export when the session moves there.
+fn take_events(
+    session: &mut Session,
+    seen: &mut Seen,
+    moves: bool,
+) -> Result<Option<OpenExport>, SessionError> {
     loop {
         let sent = session.replies();
         seen.sent.extend(sent.copy_to_bytes(sent.remaining()));
         let Some(event) = session.next_event()? else {
             let sent = session.replies();
             if !sent.has_remaining() {
-                return Ok(());
+                return Ok(None);
             }
             continue;
         };
         seen.events.push(describe(&event));
-        answer(session, event);
+        match event {
+            Event::OpenExport(open) if moves => return Ok(Some(open)),
+            event => answer(session, event),
+        }
     }
 }
 
