@@ -34,6 +34,10 @@ pub trait Network {
     ///
     /// [`TCP_SILENCE_SECONDS_MAX`]: ballast_block::limits::TCP_SILENCE_SECONDS_MAX
     type Stream: AsyncRead + AsyncWrite + Unpin + 'static;
+    /// A connection that belongs to no thread, between [`Network::detach`] and [`Network::adopt`].
+    /// Where an environment is of one thread, it can be sent to another. Dropping it closes both
+    /// directions.
+    type Detached: 'static;
     /// A listening socket.
     type Listener: Listener<Stream = Self::Stream>;
 
@@ -48,6 +52,19 @@ pub trait Network {
         &self,
         address: &Address,
     ) -> impl Future<Output = io::Result<Self::Stream>> + 'static;
+
+    /// Takes a connection off the calling thread, whose environment this is. The other side sees
+    /// nothing of it; bytes under way in both directions, and an end of them, stay under way.
+    ///
+    /// # Errors
+    /// When the system refuses; the connection is closed then.
+    fn detach(&self, stream: Self::Stream) -> io::Result<Self::Detached>;
+
+    /// Goes on with a detached connection on the calling thread, whose environment this is.
+    ///
+    /// # Errors
+    /// When the system refuses; the connection is closed then.
+    fn adopt(&self, detached: Self::Detached) -> io::Result<Self::Stream>;
 }
 
 /// A listening socket.

@@ -12,8 +12,10 @@ use std::task::Poll;
 use ballast_block::AlignedBuf;
 use ballast_env::conformance;
 use ballast_env::disk::{Disk, File, OpenMode};
-use ballast_env::linux::{LinuxEnv, LinuxShard, SyncBy};
+use ballast_env::linux::{LinuxEnv, LinuxShard, LinuxStream, SyncBy};
 use ballast_env::network::{Address, Listener, Network};
+use nix::sys::socket::{getsockopt, sockopt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 /// A folder on the disk of the target directory (`/tmp` may be in memory), gone at the end.
 struct Folder(PathBuf);
@@ -80,6 +82,58 @@ fn a_socket_in_use_is_not_replaced() {
     });
     assert_eq!(std::fs::read(&path).unwrap(), b"not a socket");
     std::fs::remove_file(&path).unwrap();
+}
+
+/// Sends back what it reads until the client ends.
+async fn echo(mut stream: LinuxStream) {
+    if let LinuxStream::Tcp(socket) = &stream {
+        assert!(socket.nodelay().unwrap());
+        assert!(getsockopt(socket, sockopt::KeepAlive).unwrap());
+        assert!(getsockopt(socket, sockopt::TcpUserTimeout).unwrap() > 0);
+    }
+    let mut bytes = [0; 1000];
+    loop {
+        match stream.read(&mut bytes).await.unwrap() {
+            0 => return,
+            count => stream.write_all(&bytes[..count]).await.unwrap(),
+        }
+    }
+}
+
+fn goes_on_at_another_shard(address: &Address) {
+    on_a_shard(async |env| {
+        let listener = env.listen(address).await.unwrap();
+        let (client, server) = tokio::join!(env.connect(&listener.address()), listener.accept());
+        let (mut client, mut server) = (client.unwrap(), server.unwrap().0);
+        client.write_all(b"one two").await.unwrap();
+        server.write_all(b"hello ").await.unwrap();
+        let mut first = [0; 3];
+        server.read_exact(&mut first).await.unwrap();
+        assert_eq!(&first, b"one");
+
+        let detached = env.detach(server).unwrap();
+        client.write_all(b" three").await.unwrap();
+        let other = std::thread::spawn(move || {
+            on_a_shard(async move |env| echo(env.adopt(detached).unwrap()).await);
+        });
+        let mut seen = [0; 16];
+        client.read_exact(&mut seen).await.unwrap();
+        assert_eq!(&seen, b"hello  two three");
+        client.write_all(b" four").await.unwrap();
+        client.shutdown().await.unwrap();
+        let mut rest = Vec::new();
+        client.read_to_end(&mut rest).await.unwrap();
+        assert_eq!(rest, b" four");
+        other.join().unwrap();
+    });
+}
+
+#[test]
+fn a_connection_goes_on_at_another_shard() {
+    goes_on_at_another_shard(&Address::Tcp("127.0.0.1:0".parse().unwrap()));
+    let path = PathBuf::from(format!("/tmp/ballast-handed-on-{}.sock", std::process::id()));
+    goes_on_at_another_shard(&Address::Unix(path.clone()));
+    std::fs::remove_file(path).unwrap();
 }
 
 #[test]

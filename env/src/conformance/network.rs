@@ -13,6 +13,8 @@ pub async fn all<E: Env>(env: &E, address: &Address) {
     both_directions(env, address).await;
     closed(env, address).await;
     half_closed(env, address).await;
+    handed_on(env, address).await;
+    handed_on_when_closed(env, address).await;
     refused(env, address).await;
     ports(env, address).await;
 }
@@ -97,6 +99,58 @@ pub async fn half_closed<E: Env>(env: &E, address: &Address) {
     assert_eq!(question, b"ask");
     answerer.write_all(b"answer").await.expect("write");
     drop(answerer);
+    let mut answer = Vec::new();
+    asker.read_to_end(&mut answer).await.expect("read");
+    assert_eq!(answer, b"answer");
+}
+
+/// A connection that is detached and adopted again and again, while bytes are under way in both
+/// directions, loses none and adds none.
+pub async fn handed_on<E: Env>(env: &E, address: &Address) {
+    let (client, mut server) = pair(env, address).await;
+    let bytes: Vec<u8> = (0..2_000_000_u32).map(|index| (index % 251) as u8).collect();
+    let (mut reader, mut writer) = tokio::io::split(client);
+    let sent = bytes.clone();
+    let _sending = env.spawn(async move {
+        for piece in sent.chunks(77_777) {
+            writer.write_all(piece).await.expect("write");
+        }
+        writer.shutdown().await.expect("shutdown");
+    });
+    let (sender, answers) = tokio::sync::oneshot::channel();
+    let _receiving = env.spawn(async move {
+        let mut received = Vec::new();
+        reader.read_to_end(&mut received).await.expect("read");
+        drop(sender.send(received));
+    });
+    let mut received = Vec::new();
+    for answer in bytes.chunks(50_000) {
+        let detached = env.detach(server).expect("detach");
+        server = env.adopt(detached).expect("adopt");
+        server.write_all(answer).await.expect("write");
+        let mut piece = [0; 30_000];
+        let count = server.read(&mut piece).await.expect("read");
+        received.extend(&piece[..count]);
+    }
+    server.read_to_end(&mut received).await.expect("read");
+    drop(server);
+    assert!(received == bytes, "the bytes arrived changed");
+    assert!(answers.await.expect("all was read") == bytes, "the answers arrived changed");
+}
+
+/// An end sent to a connection before it was detached is still there after; the other direction
+/// works on. A detached connection that is dropped is the end for the other side.
+pub async fn handed_on_when_closed<E: Env>(env: &E, address: &Address) {
+    let (mut asker, mut answerer) = pair(env, address).await;
+    asker.write_all(b"ask").await.expect("write");
+    asker.shutdown().await.expect("shutdown");
+    let mut question = [0; 3];
+    answerer.read_exact(&mut question).await.expect("read");
+    let detached = env.detach(answerer).expect("detach");
+    let mut answerer = env.adopt(detached).expect("adopt");
+    assert_eq!(answerer.read(&mut question).await.expect("read"), 0);
+    answerer.write_all(b"answer").await.expect("write");
+    drop(env.detach(answerer).expect("detach"));
     let mut answer = Vec::new();
     asker.read_to_end(&mut answer).await.expect("read");
     assert_eq!(answer, b"answer");

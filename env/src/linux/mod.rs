@@ -27,7 +27,7 @@ use std::rc::Rc;
 pub use disk::LinuxFile;
 pub use flush::SyncBy;
 pub use memory::keep_memory;
-pub use network::{LinuxListener, LinuxStream};
+pub use network::{LinuxDetached, LinuxListener, LinuxStream};
 pub use open::OpenError;
 
 use ring::Ring;

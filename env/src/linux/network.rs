@@ -17,6 +17,7 @@ use crate::network::{Address, Listener, Network};
 
 impl Network for LinuxEnv {
     type Stream = LinuxStream;
+    type Detached = LinuxDetached;
     type Listener = LinuxListener;
 
     fn listen(
@@ -45,6 +46,20 @@ impl Network for LinuxEnv {
                 Address::Unix(path) => Ok(LinuxStream::Unix(UnixStream::connect(path).await?)),
             }
         }
+    }
+
+    fn detach(&self, stream: LinuxStream) -> io::Result<LinuxDetached> {
+        Ok(match stream {
+            LinuxStream::Tcp(stream) => LinuxDetached::Tcp(stream.into_std()?),
+            LinuxStream::Unix(stream) => LinuxDetached::Unix(stream.into_std()?),
+        })
+    }
+
+    fn adopt(&self, detached: LinuxDetached) -> io::Result<LinuxStream> {
+        Ok(match detached {
+            LinuxDetached::Tcp(socket) => LinuxStream::Tcp(TcpStream::from_std(socket)?),
+            LinuxDetached::Unix(socket) => LinuxStream::Unix(UnixStream::from_std(socket)?),
+        })
     }
 }
 
@@ -82,6 +97,20 @@ impl LinuxStream {
         Ok(Self::Tcp(stream))
     }
 }
+
+/// A connection outside of any runtime: the socket with its options, still non-blocking.
+#[derive(Debug)]
+pub enum LinuxDetached {
+    /// TCP.
+    Tcp(std::net::TcpStream),
+    /// A Unix socket.
+    Unix(std::os::unix::net::UnixStream),
+}
+
+const _: () = {
+    const fn is_send<T: Send>() {}
+    is_send::<LinuxDetached>();
+};
 
 /// Makes the kernel probe an idle connection, and give up one that acknowledges nothing. Its own
 /// defaults are two hours for an idle one and a quarter of an hour for one that is not.

@@ -229,6 +229,7 @@ impl<E: Env> Entropy for Recorder<E> {
 
 impl<E: Env> Network for Recorder<E> {
     type Stream = E::Stream;
+    type Detached = E::Detached;
     type Listener = E::Listener;
 
     fn listen(
@@ -243,6 +244,14 @@ impl<E: Env> Network for Recorder<E> {
         address: &Address,
     ) -> impl Future<Output = io::Result<Self::Stream>> + 'static {
         self.inner.connect(address)
+    }
+
+    fn detach(&self, stream: Self::Stream) -> io::Result<Self::Detached> {
+        self.inner.detach(stream)
+    }
+
+    fn adopt(&self, detached: Self::Detached) -> io::Result<Self::Stream> {
+        self.inner.adopt(detached)
     }
 }
 

@@ -324,6 +324,7 @@ impl Listener for NoListener {
 
 impl Network for MemoryEnv {
     type Stream = DuplexStream;
+    type Detached = DuplexStream;
     type Listener = NoListener;
 
     fn listen(&self, _: &Address) -> impl Future<Output = io::Result<NoListener>> + 'static {
@@ -332,6 +333,14 @@ impl Network for MemoryEnv {
 
     fn connect(&self, _: &Address) -> impl Future<Output = io::Result<DuplexStream>> + 'static {
         std::future::ready(Err(io::ErrorKind::Unsupported.into()))
+    }
+
+    fn detach(&self, stream: DuplexStream) -> io::Result<DuplexStream> {
+        Ok(stream)
+    }
+
+    fn adopt(&self, detached: DuplexStream) -> io::Result<DuplexStream> {
+        Ok(detached)
     }
 }
 

@@ -112,6 +112,8 @@ impl Disk for SimEnv {
 
 impl Network for SimEnv {
     type Stream = SimStream;
+    /// All of a process is one thread here.
+    type Detached = SimStream;
     type Listener = SimListener;
 
     fn listen(
@@ -126,5 +128,13 @@ impl Network for SimEnv {
         address: &Address,
     ) -> impl Future<Output = std::io::Result<SimStream>> + 'static {
         network::connect(self.clone(), address.clone())
+    }
+
+    fn detach(&self, stream: SimStream) -> std::io::Result<SimStream> {
+        Ok(stream)
+    }
+
+    fn adopt(&self, detached: SimStream) -> std::io::Result<SimStream> {
+        Ok(detached)
     }
 }
