@@ -20,7 +20,8 @@ pub enum Command {
     /// A node's process opened a pool, before it uses any replica of it.
     NodeBooted(NodeBooted),
     /// Give up a node's pool and let a freshly made one take its place. The pool named is lost from
-    /// then on. Asked again with the same pool = the same answer.
+    /// then on. Asked again with the same pool = the same answer. One of shard 0 takes a member of
+    /// the cluster group with it: its successor needs the new one that is answered.
     ReplacePool {
         /// Whose.
         node: NodeId,

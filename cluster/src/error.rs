@@ -1,11 +1,13 @@
 //! Why a command was refused. A refusal is a decision of the state machine, the same on every
 //! replica, and changes nothing.
 
+use std::collections::BTreeMap;
+
 use ballast_block::limits::{
     LABEL_BYTES_MAX, NAME_BYTES_MAX, NODE_LABELS_MAX, NODE_NAME_BYTES_MAX, NODE_POOLS_MAX,
-    PEER_ADDRESS_BYTES_MAX, VOLUME_BYTES_MAX, VOLUME_BYTES_MIN,
+    NODE_SHARDS_MAX, PEER_ADDRESS_BYTES_MAX, VOLUME_BYTES_MAX, VOLUME_BYTES_MIN,
 };
-use ballast_block::{BLOCK_SIZE, FamilyId, NodeId, PoolId, ReplicaId, VolumeId};
+use ballast_block::{BLOCK_SIZE, FamilyId, NodeId, PoolId, ReplicaId, ShardId, VolumeId};
 use thiserror::Error;
 
 /// The kind of a refusal; each is the gRPC status code of the same name.
@@ -72,6 +74,21 @@ pub enum Refusal {
          space: delete volumes or add pools"
     )]
     NoSpace { name: String, wanted: u32, usable: u32 },
+    /// Pools on different shards can't be put together; see the message.
+    #[error(
+        "volume {name:?} wants {wanted} replicas, all on pools of one shard number, and none has \
+         that many nodes with a working pool ({}): bring back the failed pools (see `ballastctl \
+         pool list`), give the nodes equally many pools, or ask for fewer replicas",
+        nodes_per_shard(usable)
+    )]
+    TooFewUsableNodesOnOneShard { name: String, wanted: u32, usable: BTreeMap<ShardId, u32> },
+    /// Pools on different shards can't be put together; see the message.
+    #[error(
+        "volume {name:?} wants {wanted} replicas, all on pools of one shard number, and none has \
+         that many nodes with a pool with free space ({}): delete volumes or add pools",
+        nodes_per_shard(usable)
+    )]
+    NoSpaceOnOneShard { name: String, wanted: u32, usable: BTreeMap<ShardId, u32> },
     /// See the message.
     #[error("volume {volume} does not exist: see `ballastctl volume list`")]
     UnknownVolume { volume: VolumeId },
@@ -124,6 +141,24 @@ pub enum Refusal {
     #[error("boot counter 0 of pool {pool} is not valid: a start raises it to 1 at least")]
     BootCounterInvalid { pool: PoolId },
     /// See the message.
+    #[error(
+        "{shard} of {node} can't serve pool {pool}: a node has {NODE_SHARDS_MAX} shards at most; \
+         configure fewer pools"
+    )]
+    ShardInvalid { node: NodeId, pool: PoolId, shard: ShardId },
+    /// See the message.
+    #[error(
+        "pool {pool} on {shard} of {node} has a member of the cluster group ({member}), which only \
+         pools of shard-0 have: put the node's pools back in their order in the configuration"
+    )]
+    MemberOnOtherShard { node: NodeId, pool: PoolId, shard: ShardId, member: ReplicaId },
+    /// See the message.
+    #[error(
+        "pool {pool} belongs to {known} of its node and was started on {reported}: put the node's \
+         pools back in their order in the configuration"
+    )]
+    PoolShardDiffers { pool: PoolId, known: ShardId, reported: ShardId },
+    /// See the message.
     #[error("pool {pool} belongs to {owner}, not to {node}: move the disk back")]
     PoolOnOtherNode { pool: PoolId, owner: NodeId, node: NodeId },
     /// See the message.
@@ -171,6 +206,8 @@ impl Refusal {
             | Refusal::ReplicaCountInvalid { .. }
             | Refusal::ShrinkRefused { .. }
             | Refusal::NodeInvalid { .. }
+            | Refusal::ShardInvalid { .. }
+            | Refusal::MemberOnOtherShard { .. }
             | Refusal::BootCounterInvalid { .. } => Code::InvalidArgument,
             Refusal::UnknownVolume { .. }
             | Refusal::UnknownFamily { .. }
@@ -183,18 +220,21 @@ impl Refusal {
             | Refusal::NodeNameTaken { .. } => Code::AlreadyExists,
             Refusal::TooFewNodes { .. }
             | Refusal::TooFewUsableNodes { .. }
+            | Refusal::TooFewUsableNodesOnOneShard { .. }
             | Refusal::VolumeNotReady { .. }
             | Refusal::VolumeBeingDeleted { .. }
             | Refusal::ReplicaLost { .. }
             | Refusal::ReplicaBeingRemoved { .. }
             | Refusal::ReplicaNotRemoving { .. }
             | Refusal::PoolOnOtherNode { .. }
+            | Refusal::PoolShardDiffers { .. }
             | Refusal::PoolLost { .. }
             | Refusal::PoolNotExpected { .. }
             | Refusal::PoolAhead { .. }
             | Refusal::NotReplaceable { .. }
             | Refusal::ReplicaNotReplaceable { .. } => Code::FailedPrecondition,
             Refusal::NoSpace { .. }
+            | Refusal::NoSpaceOnOneShard { .. }
             | Refusal::TooManyNodes { .. }
             | Refusal::TooManyPools { .. } => Code::ResourceExhausted,
             Refusal::Forwarded { code, .. } => *code,
@@ -237,6 +277,12 @@ pub enum NodeProblem {
          most {LABEL_BYTES_MAX} bytes in key and in value"
     )]
     Labels,
+}
+
+fn nodes_per_shard(usable: &BTreeMap<ShardId, u32>) -> String {
+    let parts: Vec<String> =
+        usable.iter().map(|(shard, nodes)| format!("{shard}: {nodes}")).collect();
+    parts.join(", ")
 }
 
 fn volume_difference(size: u64, asked_size: u64, replicas: u32, asked_replicas: u32) -> String {

@@ -7,7 +7,7 @@ use crate::command::{NodeBooted, RegisterNode};
 use crate::error::Refusal;
 use crate::lineage::{Marks, Past};
 use crate::state::{ClusterState, Outcome, Reply};
-use crate::validate::check_register_node;
+use crate::validate::{check_node_booted, check_register_node};
 use crate::view::{
     Node, NodeState, Pool, PoolSpace, PoolState, Replica, ReplicaState, VolumePhase,
 };
@@ -43,10 +43,8 @@ impl ClusterState {
     }
 
     pub(crate) fn node_booted(&mut self, command: &NodeBooted) -> Result<Outcome, Refusal> {
-        let NodeBooted { node, pool: id, boot_counter, incarnation, space, .. } = *command;
-        if boot_counter == 0 {
-            return Err(Refusal::BootCounterInvalid { pool: id });
-        }
+        check_node_booted(command)?;
+        let NodeBooted { node, pool: id, shard, boot_counter, incarnation, space, .. } = *command;
         if !self.nodes.contains_key(&node) {
             return Err(Refusal::UnknownNode { node });
         }
@@ -55,6 +53,10 @@ impl ClusterState {
         };
         if known.node != node {
             return Err(Refusal::PoolOnOtherNode { pool: id, owner: known.node, node });
+        }
+        if known.shard != shard {
+            let (known, reported) = (known.shard, shard);
+            return Err(Refusal::PoolShardDiffers { pool: id, known, reported });
         }
         if boot_counter == known.boot_counter && incarnation == known.incarnation {
             if known.state == PoolState::Lost {
@@ -90,41 +92,51 @@ impl ClusterState {
         Ok(Outcome::done(true))
     }
 
-    /// A pool that was never seen: the node's first, or one that was made to replace a lost one.
+    /// A pool that was never seen: the shard's first, or one that was made to replace a lost one.
     fn add_pool(&mut self, command: &NodeBooted) -> Result<Outcome, Refusal> {
         let NodeBooted { node, pool: id, shard, boot_counter, incarnation, space, offered, .. } =
             *command;
-        let others: Vec<Pool> = self.pools_on(node).copied().collect();
-        if others.len() >= NODE_POOLS_MAX {
+        if self.pools_on(node).count() >= NODE_POOLS_MAX {
             return Err(Refusal::TooManyPools { node, pool: id });
         }
-        // A pool with a member of the cluster group is the node's only one: a second one with the
-        // same member would have forgotten what the first one promised (hazard F5).
-        let expected = self.nodes.get(&node).is_some_and(|known| {
-            known.replacing && known.member.is_some() && known.member == command.member
-        });
-        if let Some(other) = others.last()
-            && command.member.is_some()
-            && !expected
-        {
-            let serving = others.iter().find(|pool| pool.state != PoolState::Lost);
-            let known = serving.unwrap_or(other).id;
-            return Err(Refusal::PoolNotExpected { node, pool: id, known });
-        }
+        let others: Vec<Pool> = self.pools_of(node, shard).copied().collect();
+        let serving = others.iter().find(|pool| pool.state != PoolState::Lost);
+        let replaces = if shard == ShardId(0) {
+            // A pool with a member of the cluster group is the shard's only one: a second one with
+            // the same member would have forgotten what the first one promised (hazard F5).
+            let expected = self.nodes.get(&node).is_some_and(|known| {
+                known.replacing && known.member.is_some() && known.member == command.member
+            });
+            if let Some(other) = others.last()
+                && command.member.is_some()
+                && !expected
+            {
+                let known = serving.unwrap_or(other).id;
+                return Err(Refusal::PoolNotExpected { node, pool: id, known });
+            }
+            expected
+        } else {
+            // It must not silently stand in for one that has the shard's replicas.
+            if let Some(serving) = serving {
+                return Err(Refusal::PoolNotExpected { node, pool: id, known: serving.id });
+            }
+            !others.is_empty()
+        };
         let state = PoolState::Ok;
         let mark = offered;
         self.pools
             .insert(id, Pool { id, node, shard, boot_counter, incarnation, mark, space, state });
         self.nodes.get_mut(&node).expect("the caller found it").state = NodeState::Active;
-        if expected {
-            self.replace_replicas(node, id);
+        if replaces {
+            self.replace_replicas(node, shard, id);
         }
         let lost = others.iter().filter(|pool| pool.state == PoolState::Lost);
         lost.for_each(|pool| self.forget_empty(pool.id));
         Ok(Outcome::done(true))
     }
 
-    /// Gives a node's pool up; answers which member of the cluster group its next pool must have.
+    /// Gives a node's pool up; answers which member of the cluster group its next pool must have, if
+    /// any.
     pub(crate) fn replace_pool(&mut self, node: NodeId, id: PoolId) -> Result<Outcome, Refusal> {
         let known = self.nodes.get(&node).ok_or(Refusal::UnknownNode { node })?;
         let pool = self.pools.get(&id).ok_or(Refusal::UnknownPool { pool: id })?;
@@ -135,8 +147,11 @@ impl ClusterState {
             return Err(Refusal::NotReplaceable { pool: id, nodes: self.nodes.len() });
         }
         let serves = |other: &Pool| other.state != PoolState::Lost;
-        if !serves(pool) && self.pools_on(node).any(serves) {
+        if !serves(pool) && self.pools_of(node, pool.shard).any(serves) {
             return Ok(Outcome::done(false));
+        }
+        if pool.shard != ShardId(0) {
+            return Ok(Outcome { changed: self.lose_pool(id), reply: Reply::GivenUp });
         }
         // A member that no pool was seen with yet is still to be used.
         if let Some(member) = known.member.filter(|_| known.replacing) {
@@ -151,13 +166,15 @@ impl ClusterState {
         Ok(Outcome { reply: Reply::Replacing { member }, changed: true })
     }
 
-    /// Replicas with new ids, on the node's new pool, in the place of those that were lost: of
+    /// Replicas with new ids, on the shard's new pool, in the place of those that were lost: of
     /// every family that has a majority of its replicas left. Of the others nobody could say what
     /// they held: they stay lost.
-    fn replace_replicas(&mut self, node: NodeId, pool: PoolId) {
-        self.nodes.get_mut(&node).expect("the caller found it").replacing = false;
+    fn replace_replicas(&mut self, node: NodeId, shard: ShardId, pool: PoolId) {
+        if shard == ShardId(0) {
+            self.nodes.get_mut(&node).expect("the caller found it").replacing = false;
+        }
         let lost: Vec<Replica> = self
-            .replicas_on(node)
+            .replicas_on_shard(node, shard)
             .filter(|replica| replica.state == ReplicaState::Lost)
             .copied()
             .collect();
@@ -267,9 +284,8 @@ impl ClusterState {
         self.pools.values().filter(move |pool| pool.node == node)
     }
 
-    /// The pools of a node's shard, by id: one that serves at most, and lost ones that are not
-    /// forgotten yet. On shard 0 there can be more that serve, where their nodes have no member of
-    /// the cluster group.
+    /// The pools of a node's shard, by id: one that may serve (more on shard 0, if programs reported
+    /// them that knew no members), and lost ones that are not forgotten yet.
     pub fn pools_of(&self, node: NodeId, shard: ShardId) -> impl Iterator<Item = &Pool> {
         self.pools_on(node).filter(move |pool| pool.shard == shard)
     }

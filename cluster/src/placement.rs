@@ -1,11 +1,11 @@
-//! Where the replicas of a new volume go: on different nodes, the same choice on every replica of
-//! the cluster group.
+//! Where the replicas of a new volume go: on different nodes, on pools of one shard number, the same
+//! choice on every replica of the cluster group.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ballast_block::limits::POOL_REPLICAS_MAX;
-use ballast_block::{NodeId, PoolId};
+use ballast_block::{NodeId, PoolId, ShardId};
 
 use crate::error::Refusal;
 use crate::state::ClusterState;
@@ -14,39 +14,85 @@ use crate::view::{Pool, PoolState, ReplicaState};
 /// What a pool is chosen by, the best one least.
 type Rank = (Reverse<u64>, usize, NodeId, PoolId);
 
-/// Chooses a pool on each of `wanted` different nodes: most free space first, then fewest replicas,
-/// then by id.
+/// What a shard number is chosen by, the best one least: the free space of the worst pool that it
+/// would give, the replicas in all that it would give, its number.
+type ShardRank = (Reverse<u64>, usize, ShardId);
+
+/// The nodes with a working pool of a shard number, each with its best pool that has space.
+type Candidates = BTreeMap<NodeId, Option<Rank>>;
+
+/// Chooses a shard number, and a pool of it on each of `wanted` different nodes. Among pools: most
+/// free space first, then fewest replicas, then by id; among shard numbers the one with the best
+/// pools by the same measure.
 ///
 /// Volumes are thin, so a pool needs some free space, not the volume's size.
 pub fn choose(
     state: &ClusterState,
     name: &str,
     wanted: u32,
-) -> Result<Vec<(NodeId, PoolId)>, Refusal> {
-    let name = || name.to_owned();
+) -> Result<(ShardId, Vec<(NodeId, PoolId)>), Refusal> {
     let registered = count(state.nodes().count());
     if registered < wanted {
-        return Err(Refusal::TooFewNodes { name: name(), wanted, registered });
+        return Err(Refusal::TooFewNodes { name: name.to_owned(), wanted, registered });
     }
+    let shards = candidates(state);
+    let mut best: Option<(ShardRank, Vec<Rank>)> = None;
+    for (&shard, nodes) in &shards {
+        let mut ranks: Vec<Rank> = nodes.values().copied().flatten().collect();
+        ranks.sort();
+        ranks.truncate(wanted as usize);
+        if count(ranks.len()) < wanted {
+            continue;
+        }
+        let Some(&(worst, ..)) = ranks.last() else { continue };
+        let rank = (worst, ranks.iter().map(|(_, replicas, ..)| replicas).sum(), shard);
+        if best.as_ref().is_none_or(|(best, _)| rank < *best) {
+            best = Some((rank, ranks));
+        }
+    }
+    let Some(((.., shard), ranks)) = best else { return Err(shortage(&shards, name, wanted)) };
+    Ok((shard, ranks.into_iter().map(|(_, _, node, pool)| (node, pool)).collect()))
+}
+
+fn candidates(state: &ClusterState) -> BTreeMap<ShardId, Candidates> {
     let replicas = replicas_per_pool(state);
-    let mut working: BTreeMap<NodeId, Option<Rank>> = BTreeMap::new();
+    let mut shards: BTreeMap<ShardId, Candidates> = BTreeMap::new();
     for pool in state.pools().filter(|pool| pool.state == PoolState::Ok) {
-        let best = working.entry(pool.node).or_default();
+        let best = shards.entry(pool.shard).or_default().entry(pool.node).or_default();
         let Some(rank) = rank(pool, replicas.get(&pool.id).copied().unwrap_or(0)) else { continue };
         if best.is_none_or(|best| rank < best) {
             *best = Some(rank);
         }
     }
-    if count(working.len()) < wanted {
-        let usable = count(working.len());
-        return Err(Refusal::TooFewUsableNodes { name: name(), wanted, usable });
+    shards
+}
+
+/// Why no shard number has enough: too few pools at all, or too few that go together.
+fn shortage(shards: &BTreeMap<ShardId, Candidates>, name: &str, wanted: u32) -> Refusal {
+    let name = name.to_owned();
+    let nodes = |counts: &dyn Fn(&Option<Rank>) -> bool| -> (u32, BTreeMap<ShardId, u32>) {
+        let mut all = BTreeSet::new();
+        let mut each = BTreeMap::new();
+        for (&shard, candidates) in shards {
+            let counted = candidates.iter().filter(|(_, best)| counts(best));
+            let counted: Vec<NodeId> = counted.map(|(&node, _)| node).collect();
+            each.insert(shard, count(counted.len()));
+            all.extend(counted);
+        }
+        (count(all.len()), each)
+    };
+    let (working, working_each) = nodes(&|_| true);
+    if working < wanted {
+        return Refusal::TooFewUsableNodes { name, wanted, usable: working };
     }
-    let mut ranks: Vec<Rank> = working.into_values().flatten().collect();
-    if count(ranks.len()) < wanted {
-        return Err(Refusal::NoSpace { name: name(), wanted, usable: count(ranks.len()) });
+    if working_each.values().all(|&nodes| nodes < wanted) {
+        return Refusal::TooFewUsableNodesOnOneShard { name, wanted, usable: working_each };
     }
-    ranks.sort();
-    Ok(ranks.into_iter().take(wanted as usize).map(|(_, _, node, pool)| (node, pool)).collect())
+    let (spacious, spacious_each) = nodes(&|best| best.is_some());
+    if spacious < wanted {
+        return Refusal::NoSpace { name, wanted, usable: spacious };
+    }
+    Refusal::NoSpaceOnOneShard { name, wanted, usable: spacious_each }
 }
 
 fn rank(pool: &Pool, replicas: usize) -> Option<Rank> {

@@ -10,8 +10,8 @@ use crate::error::Refusal;
 use crate::state::Reply;
 use crate::view::Volume;
 use crate::wire::{
-    DoneReply, PoolRolledBackReply, RefusalCodeNumber, RefusedReply, ReplacingReply, ReplyKind,
-    ReplyRecord,
+    DoneReply, GivenUpReply, PoolRolledBackReply, RefusalCodeNumber, RefusedReply, ReplacingReply,
+    ReplyKind, ReplyRecord,
 };
 
 /// Bytes that are not a reply this build understands.
@@ -48,6 +48,7 @@ impl Reply {
             Reply::Replacing { member } => {
                 ReplyKind::Replacing(ReplacingReply { member: member.0 })
             }
+            Reply::GivenUp => ReplyKind::GivenUp(GivenUpReply {}),
             Reply::Refused(refusal) => ReplyKind::Refused(RefusedReply {
                 code: RefusalCodeNumber::from(refusal.code()).into(),
                 message: refusal.to_string(),
@@ -73,6 +74,7 @@ impl Reply {
                 lost: it.lost.into_iter().map(ReplicaId).collect(),
             },
             ReplyKind::Replacing(it) => Reply::Replacing { member: ReplicaId(it.member) },
+            ReplyKind::GivenUp(GivenUpReply {}) => Reply::GivenUp,
             ReplyKind::Refused(it) => {
                 let code = it.code().try_into().map_err(|_| ReplyError::Unknown)?;
                 Reply::Refused(Refusal::Forwarded { code, message: it.message })

@@ -57,6 +57,9 @@ pub enum Reply {
         /// The id of the node's next member of the cluster group.
         member: ReplicaId,
     },
+    /// The node's pool is given up; a pool made without a member of the cluster group replaces it:
+    /// it is not of shard 0.
+    GivenUp,
     /// Nothing was changed.
     Refused(Refusal),
 }

@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 
 use ballast_block::limits::{
-    LABEL_BYTES_MAX, NAME_BYTES_MAX, NODE_LABELS_MAX, NODE_NAME_BYTES_MAX, PEER_ADDRESS_BYTES_MAX,
-    VOLUME_BYTES_MAX, VOLUME_BYTES_MIN,
+    LABEL_BYTES_MAX, NAME_BYTES_MAX, NODE_LABELS_MAX, NODE_NAME_BYTES_MAX, NODE_SHARDS_MAX,
+    PEER_ADDRESS_BYTES_MAX, VOLUME_BYTES_MAX, VOLUME_BYTES_MIN,
 };
-use ballast_block::{BLOCK_SIZE, NodeId};
+use ballast_block::{BLOCK_SIZE, NodeId, ShardId};
 use uuid::Uuid;
 
-use crate::command::{CreateVolume, RegisterNode};
+use crate::command::{CreateVolume, NodeBooted, RegisterNode};
 use crate::error::{NodeProblem, Refusal, SizeProblem};
 
 /// Checks a volume's name: a DNS label (RFC 1123) that is not a UUID, because a volume may be named
@@ -65,6 +65,22 @@ pub(crate) fn check_register_node(command: &RegisterNode) -> Result<(), Refusal>
         return Ok(());
     };
     Err(Refusal::NodeInvalid { node: command.node, problem })
+}
+
+pub(crate) fn check_node_booted(command: &NodeBooted) -> Result<(), Refusal> {
+    let NodeBooted { node, pool, shard, boot_counter, member, .. } = *command;
+    if boot_counter == 0 {
+        return Err(Refusal::BootCounterInvalid { pool });
+    }
+    if shard.0 as usize >= NODE_SHARDS_MAX {
+        return Err(Refusal::ShardInvalid { node, pool, shard });
+    }
+    match member {
+        Some(member) if shard != ShardId(0) => {
+            Err(Refusal::MemberOnOtherShard { node, pool, shard, member })
+        }
+        _ => Ok(()),
+    }
 }
 
 fn is_dns_label(label: &str) -> bool {

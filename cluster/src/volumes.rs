@@ -1,6 +1,6 @@
 //! Commands about volumes and their replicas.
 
-use ballast_block::{FamilyId, ReplicaId, ShardId, VolumeId};
+use ballast_block::{FamilyId, ReplicaId, VolumeId};
 
 use crate::command::CreateVolume;
 use crate::error::Refusal;
@@ -19,7 +19,7 @@ impl ClusterState {
             let name = volume.name.clone();
             return Err(Refusal::VolumeIdTaken { volume: command.volume, name });
         }
-        let places = placement::choose(self, &command.name, command.replicas)?;
+        let (shard, places) = placement::choose(self, &command.name, command.replicas)?;
         let family = FamilyId(self.next_family);
         self.next_family += 1;
         let mut replicas = Vec::with_capacity(places.len());
@@ -36,7 +36,7 @@ impl ClusterState {
             size_bytes: command.size_bytes,
             founded_bytes: command.size_bytes,
             family,
-            shard: ShardId(0),
+            shard,
             replica_count: command.replicas,
             replicas,
             created_at_ms: command.created_at_ms,

@@ -258,7 +258,7 @@ pub struct ReplicaRecord {
 
 #[derive(Clone, PartialEq, Message)]
 pub struct ReplyRecord {
-    #[prost(oneof = "ReplyKind", tags = "1, 2, 3, 4, 5")]
+    #[prost(oneof = "ReplyKind", tags = "1, 2, 3, 4, 5, 6")]
     pub kind: Option<ReplyKind>,
 }
 
@@ -274,6 +274,8 @@ pub enum ReplyKind {
     Refused(RefusedReply),
     #[prost(message, tag = "5")]
     Replacing(ReplacingReply),
+    #[prost(message, tag = "6")]
+    GivenUp(GivenUpReply),
 }
 
 #[derive(Clone, Copy, PartialEq, Message)]
@@ -281,6 +283,9 @@ pub struct ReplacingReply {
     #[prost(uint64, tag = "1")]
     pub member: u64,
 }
+
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct GivenUpReply {}
 
 #[derive(Clone, Copy, PartialEq, Message)]
 pub struct DoneReply {}

@@ -8,13 +8,17 @@ use ballast_cluster::{
     ClusterState, Command, CommandError, PoolState, Refusal, RefusalCode, Reply, StateError,
 };
 use common::{
-    booted, booted_with, cluster_of, create, pool_id, ready_volume, register, report, volume_id,
+    booted, booted_with, cluster_of, cluster_of_shards, create, on_shard, pool_id, ready_volume,
+    register, report, volume_id,
 };
 
 const COMMANDS: &str = include_str!("golden/commands-v1.txt");
 const COMMANDS_2: &str = include_str!("golden/commands-v2.txt");
+const COMMANDS_3: &str = include_str!("golden/commands-v3.txt");
 const REPLIES: &str = include_str!("golden/replies-v1.txt");
+const REPLIES_2: &str = include_str!("golden/replies-v2.txt");
 const STATE: &str = include_str!("golden/state-v1.txt");
+const STATE_3: &str = include_str!("golden/state-v3.txt");
 
 fn one_of_each() -> Vec<Command> {
     vec![
@@ -68,30 +72,33 @@ fn unhex(line: &str) -> Vec<u8> {
     (0..line.len()).step_by(2).map(digit).collect()
 }
 
-/// The file as it would be now, for whoever adds a format: printed when a comparison fails.
-fn commands_file() -> String {
-    one_of_each().iter().map(|it| format!("{} {}\n", it.name(), hex(&it.encode()))).collect()
+fn compare_commands(golden: &str, now: Vec<Command>) {
+    // The file as it would be now, for whoever adds a format: printed when a comparison fails.
+    let file: String =
+        now.iter().map(|it| format!("{} {}\n", it.name(), hex(&it.encode()))).collect();
+    assert_eq!(golden, file);
+    for (line, command) in golden.lines().zip(now) {
+        let (_, bytes) = line.split_once(' ').expect("name and bytes");
+        assert_eq!(Command::decode(&unhex(bytes)), Ok(command));
+    }
 }
 
 #[test]
 fn commands_v1() {
-    assert_eq!(COMMANDS, commands_file());
-    for (line, command) in COMMANDS.lines().zip(one_of_each()) {
-        let (_, bytes) = line.split_once(' ').expect("name and bytes");
-        assert_eq!(Command::decode(&unhex(bytes)), Ok(command));
-    }
+    compare_commands(COMMANDS, one_of_each());
 }
 
 #[test]
 fn commands_v2() {
-    let now = one_of_each_2();
-    let file: String =
-        now.iter().map(|it| format!("{} {}\n", it.name(), hex(&it.encode()))).collect();
-    assert_eq!(COMMANDS_2, file);
-    for (line, command) in COMMANDS_2.lines().zip(now) {
-        let (_, bytes) = line.split_once(' ').expect("name and bytes");
-        assert_eq!(Command::decode(&unhex(bytes)), Ok(command));
-    }
+    compare_commands(COMMANDS_2, one_of_each_2());
+}
+
+/// What came with reader version 3: a shard that is not 0.
+#[test]
+fn commands_v3() {
+    let booted = on_shard(1, booted(2, 7, 0x1122_3344_5566_7788, 1 << 40));
+    assert_eq!(booted.min_reader(), 3);
+    compare_commands(COMMANDS_3, vec![booted]);
 }
 
 #[test]
@@ -118,6 +125,29 @@ fn replies_v1() {
 fn state_v1() {
     let state = one_of_everything();
     let golden: String = STATE.lines().collect();
+    assert_eq!(golden, hex(&state.encode()));
+    assert_eq!(ClusterState::decode(&unhex(&golden)), Ok(state));
+}
+
+#[test]
+fn replies_v2() {
+    let mut state = cluster_of_shards(3, 2);
+    state.apply(create("pvc-1", 3, 3));
+    let volume = state.apply(create("pvc-2", 4, 3));
+    let replies = [Reply::GivenUp, volume];
+    let now: String = replies.iter().map(|reply| hex(&reply.encode()) + "\n").collect();
+    assert_eq!(REPLIES_2, now);
+    for (line, reply) in REPLIES_2.lines().zip(replies) {
+        assert_eq!(Reply::decode(&unhex(line)), Ok(reply));
+    }
+}
+
+#[test]
+fn state_v3() {
+    let mut state = cluster_of_shards(3, 2);
+    ready_volume(&mut state, "first", 1, 3);
+    ready_volume(&mut state, "second", 2, 3);
+    let golden: String = STATE_3.lines().collect();
     assert_eq!(golden, hex(&state.encode()));
     assert_eq!(ClusterState::decode(&unhex(&golden)), Ok(state));
 }

@@ -4,9 +4,9 @@ mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ballast_block::{ClusterId, FamilyId, ReplicaId};
+use ballast_block::{ClusterId, FamilyId, NodeId, ReplicaId};
 use ballast_cluster::{ClusterState, Command, PoolState, ReplicaState, Reply};
-use common::{MIB, booted_with, create_sized, register, report, volume_id};
+use common::{MIB, booted_with, create_sized, on_shard, pool_id, register, report, volume_id};
 use proptest::prelude::*;
 
 /// Few nodes, pools, names and counters, so that commands meet.
@@ -23,7 +23,18 @@ fn command() -> impl Strategy<Value = Command> {
             .prop_map(|(node, pool, counter, incarnation, free)| {
                 booted_with(node, pool, counter, incarnation, free << 30)
             }),
-        2 => (1..8_u8, pool_state, 0..4_u64, 0..4_u64).prop_map(|(pool, state, capacity, used)| {
+        4 => (1..6_u32, 1..16_u8, 0..40_u64, 0..3_u64, 0..4_u64)
+            .prop_map(|(node, pool, counter, incarnation, free)| {
+                // Mostly the pool's own shard: else nothing but refusals.
+                let shard = if counter % 8 == 7 { 1 + pool % 2 } else { pool % 3 };
+                let shard = u32::from(shard);
+                on_shard(shard, booted_with(node, pool, counter, incarnation, free << 30))
+            }),
+        // None of shard 0: without a member of the cluster group it may have several pools.
+        1 => (1..6_u32, prop::sample::select(vec![8, 10, 11, 13, 14]))
+            .prop_map(|(node, pool)| Command::ReplacePool { node: NodeId(node), pool: pool_id(pool) }),
+        1 => replica.clone().prop_map(|replica| Command::ReplaceReplica { replica }),
+        2 => (1..16_u8, pool_state, 0..4_u64, 0..4_u64).prop_map(|(pool, state, capacity, used)| {
             report(pool, state, capacity << 30, used << 30)
         }),
         6 => ("[a-d]", 1..12_u8, prop::sample::select(vec![1, 1, 3, 3, 5, 2]), 1..3_u64)
@@ -43,6 +54,7 @@ fn command() -> impl Strategy<Value = Command> {
 #[derive(Default)]
 struct History {
     families: BTreeMap<FamilyId, ballast_block::VolumeId>,
+    shards: BTreeMap<FamilyId, ballast_block::ShardId>,
     replicas: BTreeMap<ReplicaId, FamilyId>,
     gone: BTreeSet<ReplicaId>,
     states: BTreeMap<ReplicaId, ReplicaState>,
@@ -55,6 +67,12 @@ impl History {
             assert_eq!(first, volume.id, "{} was used twice", volume.family);
             let nodes: BTreeSet<_> = state.replicas_of(volume.family).map(|it| it.node).collect();
             assert_eq!(nodes.len(), volume.replica_count as usize, "replicas share a node");
+            for replica in state.replicas_of(volume.family) {
+                let shard = state.pool(replica.pool).expect("its pool").shard;
+                assert_eq!(shard, volume.shard, "{} is on another shard", replica.id);
+            }
+            let first = *self.shards.entry(volume.family).or_insert(volume.shard);
+            assert_eq!(first, volume.shard, "{} changed its shard", volume.family);
         }
         let present: BTreeSet<ReplicaId> = state.replicas().map(|it| it.id).collect();
         for replica in state.replicas() {
@@ -93,6 +111,7 @@ proptest! {
         for node in 1..4 {
             state.apply(register(node));
             state.apply(booted_with(node, node as u8, 1, 1, 1 << 30));
+            state.apply(on_shard(1, booted_with(node, 4 + 3 * node as u8, 1, 1, 1 << 30)));
         }
         let mut other = state.clone();
         let mut history = History::default();

@@ -14,7 +14,7 @@ fn replies_survive_the_way() {
         Reply::PoolRolledBack { pool, known: 5, reported: 4, lost: vec![ReplicaId(1000)] };
     let volume = state.apply(create("a", 1, 3));
     assert!(matches!(volume, Reply::Volume(_)));
-    for reply in [Reply::Done, volume, rolled_back] {
+    for reply in [Reply::Done, volume, rolled_back, Reply::GivenUp] {
         assert_eq!(Reply::decode(&reply.encode()), Ok(reply));
     }
 }

@@ -26,6 +26,17 @@ const FAILURE_REPORT_MAX: Duration = Duration::from_secs(2);
 const CALL_MAX: Duration = Duration::from_secs(3);
 const POLL: Duration = Duration::from_millis(20);
 
+/// What takes the place of a pool that was given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Replacement {
+    /// A pool that is to be formatted with this member of the cluster group: shard 0's.
+    Member(ReplicaId),
+    /// A pool that is to be formatted without one: another shard's.
+    NoMember,
+    /// One that serves already.
+    Serves,
+}
+
 /// Why an administrator's request was not carried out.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum AdminError {
@@ -88,8 +99,7 @@ impl<E: Env> Node<E> {
         }
     }
 
-    /// Gives a node's pool up for ever, so that a fresh one can take its place. Answers the member
-    /// of the cluster group to format that with; `None` when it has been replaced already.
+    /// Gives a node's pool up for ever, so that a fresh one can take its place.
     ///
     /// # Errors
     /// [`AdminError`].
@@ -97,10 +107,11 @@ impl<E: Env> Node<E> {
         &self,
         node: NodeId,
         pool: PoolId,
-    ) -> Result<Option<ReplicaId>, AdminError> {
+    ) -> Result<Replacement, AdminError> {
         match self.inner.cluster.propose(&Command::ReplacePool { node, pool }).await? {
-            Reply::Replacing { member } => Ok(Some(member)),
-            Reply::Done => Ok(None),
+            Reply::Replacing { member } => Ok(Replacement::Member(member)),
+            Reply::GivenUp => Ok(Replacement::NoMember),
+            Reply::Done => Ok(Replacement::Serves),
             Reply::Refused(refusal) => Err(refusal.into()),
             reply => unreachable!("replacing a pool was answered {reply:?}"),
         }

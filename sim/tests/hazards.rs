@@ -10,6 +10,7 @@ use std::rc::Rc;
 
 use ballast_block::{BlockRange, NodeId};
 use ballast_env::planted::PlantedBug;
+use ballast_node::admin::Replacement;
 use ballast_sim::ballast::{POOL, Sizes};
 use ballast_sim::env::disk::DiskFaults;
 use ballast_sim::machine::Crash;
@@ -335,7 +336,8 @@ async fn a_pool_goes_back(scene: Scene) {
     assert!(scene.is_refused(N1) || !scene.is_ready(N1));
     scene.machine(N1).crash(Crash::Kill);
     let given = scene.ask(N2, move |node| async move { node.replace_pool(N1, pool).await }).await;
-    let member = given.expect("a lost pool is replaced").expect("not replaced before");
+    let given = given.expect("a lost pool is replaced");
+    let Replacement::Member(member) = given else { panic!("not replaced before: {given:?}") };
     scene.world.disk(N1).restore(None);
     scene.ballast.reformat(N1, member);
     scene.start_node(N1);

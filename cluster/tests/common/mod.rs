@@ -57,6 +57,13 @@ pub fn booted_with(
     })
 }
 
+/// The same start, on another shard than the first.
+pub fn on_shard(shard: u32, booted: Command) -> Command {
+    let Command::NodeBooted(mut booted) = booted else { panic!("not a start: {booted}") };
+    booted.shard = ShardId(shard);
+    Command::NodeBooted(booted)
+}
+
 pub fn report(pool: u8, state: PoolState, capacity_bytes: u64, used_bytes: u64) -> Command {
     let space = PoolSpace { capacity_bytes, used_bytes };
     Command::ReportPool { pool: pool_id(pool), space, state }
@@ -82,6 +89,20 @@ pub fn cluster_of(nodes: u32) -> ClusterState {
     for node in 1..=nodes {
         assert_eq!(state.apply(register(node)), Reply::Done);
         assert_eq!(state.apply(booted(node, 1, u64::from(node), 1 << 30)), Reply::Done);
+    }
+    state
+}
+
+/// Of each node N the pool N * 10 + K on shard K, empty, of 1 GiB.
+pub fn cluster_of_shards(nodes: u32, shards: u32) -> ClusterState {
+    let mut state = ClusterState::new(ClusterId::from_bytes([1; 16]));
+    for node in 1..=nodes {
+        assert_eq!(state.apply(register(node)), Reply::Done);
+        for shard in 0..shards {
+            let pool = (node * 10 + shard) as u8;
+            let booted = on_shard(shard, booted_with(node, pool, 1, 1, 1 << 30));
+            assert_eq!(state.apply(booted), Reply::Done);
+        }
     }
     state
 }

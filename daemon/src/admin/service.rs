@@ -1,11 +1,13 @@
 //! The generated service trait, answered.
 
+use std::collections::BTreeSet;
 use std::future::Future;
 
 use ballast_api::v1 as api;
 use ballast_api::v1::admin_server::Admin;
-use ballast_block::NodeId;
-use ballast_node::cluster::PoolState;
+use ballast_block::{NodeId, PoolId, ShardId};
+use ballast_node::admin::Replacement;
+use ballast_node::cluster::{ClusterState, Pool, PoolState};
 use tonic::{Request, Response, Status};
 
 use super::Access;
@@ -88,40 +90,43 @@ async fn replace_pool(
     let (of, pool) = {
         let state = node.cluster_state();
         let of = state.find_node(&request.node).ok_or_else(|| node_unknown(&request.node))?.id;
-        let pools: Vec<_> = state.pools_on(of).map(|pool| (pool.id, pool.state)).collect();
-        let serving = pools.iter().filter(|(_, state)| *state != PoolState::Lost);
-        let candidates: Vec<_> = match serving.count() {
-            // Only lost ones: any of them stands for the node.
-            0 => pools.iter().take(1).collect(),
-            _ => pools.iter().filter(|(_, state)| *state != PoolState::Lost).collect(),
-        };
-        let pool = match request.pool_id.as_str() {
-            "" => match candidates.as_slice() {
-                [(only, _)] => *only,
-                _ => {
-                    let text = format!("{of} has {} pools: name one", candidates.len());
-                    return Err(Status::failed_precondition(text));
-                }
-            },
-            id => {
-                let named = pools.iter().find(|(pool, _)| pool.to_string() == id);
-                named
-                    .ok_or_else(|| {
-                        Status::not_found(format!(
-                            "{of} has no pool {id}: see `ballastctl pool list`"
-                        ))
-                    })?
-                    .0
-            }
-        };
-        (of, pool)
+        (of, pool_to_replace(&state, of, &request.pool_id)?)
     };
-    let replacement = node.replace_pool(of, pool).await.map_err(volumes::status)?;
-    Ok(api::ReplacePoolResponse {
-        pool_id: pool.to_string(),
-        node: of.0,
-        replacement: replacement.map_or(0, |member| member.0),
-    })
+    let (replacement, without_number) = match node.replace_pool(of, pool).await {
+        Ok(Replacement::Member(member)) => (member.0, false),
+        Ok(Replacement::NoMember) => (0, true),
+        Ok(Replacement::Serves) => (0, false),
+        Err(error) => return Err(volumes::status(error)),
+    };
+    let (pool_id, node) = (pool.to_string(), of.0);
+    Ok(api::ReplacePoolResponse { pool_id, node, replacement, without_number })
+}
+
+/// The pool of a node that was named, or its only one.
+fn pool_to_replace(state: &ClusterState, of: NodeId, named: &str) -> Result<PoolId, Status> {
+    if !named.is_empty() {
+        let pool = state.pools_on(of).find(|pool| pool.id.to_string() == named);
+        let unknown = || format!("{of} has no pool {named}: see `ballastctl pool list`");
+        return pool.map(|pool| pool.id).ok_or_else(|| Status::not_found(unknown()));
+    }
+    let mut candidates: Vec<PoolId> = Vec::new();
+    let shards: BTreeSet<ShardId> = state.pools_on(of).map(|pool| pool.shard).collect();
+    for shard in shards {
+        let serves = |pool: &&Pool| pool.state != PoolState::Lost;
+        let before = candidates.len();
+        candidates.extend(state.pools_of(of, shard).filter(serves).map(|pool| pool.id));
+        if candidates.len() == before {
+            // Only lost ones: any of them stands for the shard.
+            candidates.extend(state.pools_of(of, shard).take(1).map(|pool| pool.id));
+        }
+    }
+    match candidates.as_slice() {
+        [only] => Ok(*only),
+        _ => {
+            let text = format!("{of} has {} pools: name one", candidates.len());
+            Err(Status::failed_precondition(text))
+        }
+    }
 }
 
 #[tonic::async_trait]

@@ -456,7 +456,9 @@ impl Admin for Fixture {
         let pool = world.cluster.pools_on(node.id).next();
         let pool_id = pool.map(|pool| pool.id.to_string()).unwrap_or_default();
         let (node, replacement) = (node.id.0, 1007);
-        Ok(Response::new(v1::ReplacePoolResponse { pool_id, node, replacement }))
+        let without_number = false;
+        let answer = v1::ReplacePoolResponse { pool_id, node, replacement, without_number };
+        Ok(Response::new(answer))
     }
 
     async fn get_status(&self, _: Request<v1::GetStatusRequest>) -> Answer<v1::GetStatusResponse> {

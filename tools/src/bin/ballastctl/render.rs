@@ -68,15 +68,17 @@ impl Answer for LeaderMoved {
 
 impl Answer for PoolReplaced {
     fn text(&self) -> String {
-        let PoolReplaced { pool, node, replacement } = self;
-        match replacement {
-            0 => format!("pool {pool} was replaced already\n"),
-            _ => format!(
-                "pool {pool} is given up. On node {node}, with the disk that is to take its place:\n  \
-                 ballastd format --config FILE --replacement {replacement}\n\
-                 then start the node; its replicas are brought back from the other nodes.\n"
-            ),
-        }
+        let PoolReplaced { pool, node, replacement, without_number } = self;
+        let number = match replacement {
+            0 if *without_number => String::new(),
+            0 => return format!("pool {pool} was replaced already\n"),
+            _ => format!(" --replacement {replacement}"),
+        };
+        format!(
+            "pool {pool} is given up. On node {node}, with the disk that is to take its place:\n  \
+             ballastd format --config FILE{number}\n\
+             then start the node; its replicas are brought back from the other nodes.\n"
+        )
     }
 }
 
@@ -240,4 +242,20 @@ fn percent(used: u64, capacity: u64) -> String {
 
 fn or_dash<T: ToString>(value: Option<T>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| value.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_given_up_pool_says_how_its_successor_is_made() {
+        let text = |replacement, without_number| {
+            let pool = "p".to_owned();
+            PoolReplaced { pool, node: 2, replacement, without_number }.text()
+        };
+        assert!(text(1007, false).contains("--config FILE --replacement 1007\n"));
+        assert!(text(0, true).contains("--config FILE\n"));
+        assert_eq!(text(0, false), "pool p was replaced already\n");
+    }
 }

@@ -103,7 +103,8 @@ pub async fn run(cli: &Cli) -> Result<String, Failure> {
             let request = v1::ReplacePoolRequest { node: node.clone(), pool_id: pool.clone() };
             let it = client.replace_pool(request).await?;
             let (pool, node, replacement) = (it.pool_id, it.node, it.replacement);
-            Ok(show(cli, &view::PoolReplaced { pool, node, replacement }))
+            let without_number = it.without_number;
+            Ok(show(cli, &view::PoolReplaced { pool, node, replacement, without_number }))
         }
         Command::Status => {
             let status = client.get_status(v1::GetStatusRequest {}).await?;

@@ -142,8 +142,10 @@ pub struct PoolReplaced {
     /// The pool that was given up.
     pub pool: String,
     pub node: u32,
-    /// 0 = replaced already.
+    /// 0 = replaced already, or a new one is made without a number.
     pub replacement: u64,
+    /// A new one is to be made without a number.
+    pub without_number: bool,
 }
 
 /// `ballastctl node list`.
