@@ -318,6 +318,14 @@ pub const NODE_POOLS_MAX: usize = 64;
 /// mostly has, and as many threads.
 pub const NODE_SHARDS_MAX: usize = 16;
 
+/// Commands of further shards that wait for a node's shard 0 to propose them, at most: more callers
+/// wait in line.
+pub const SHARD_PROPOSALS_MAX: usize = 64;
+
+/// Connections on their way to one shard of a node, at most: a shard that does not take them in
+/// gets no more. As many as open at once when a peer or a host comes back.
+pub const SHARD_ARRIVALS_MAX: usize = 256;
+
 /// A request to the administration interface, in bytes: the largest holds a few names.
 pub const ADMIN_REQUEST_BYTES_MAX: usize = 64 << 10;
 

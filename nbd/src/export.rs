@@ -133,6 +133,12 @@ pub enum OpenExportError {
     /// No leader or no quorum within the time limit.
     #[error("volume has no quorum of replicas at the moment; try again when its nodes are back")]
     NoQuorum,
+    /// This node can't serve the volume; others may.
+    #[error("{why}; use another node")]
+    NotServedHere {
+        /// Why not, in words an administrator can act on.
+        why: String,
+    },
     /// The node holds too many connections.
     #[error("node is at its limit of {limit} connections; close some or use another node")]
     TooManyConnections {

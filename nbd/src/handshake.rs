@@ -378,6 +378,7 @@ fn reply_of(error: &OpenExportError) -> u32 {
         OpenExportError::AlreadyAttached { .. }
         | OpenExportError::LeasedElsewhere { .. }
         | OpenExportError::NoQuorum
+        | OpenExportError::NotServedHere { .. }
         | OpenExportError::TooManyConnections { .. } => option_reply::ERR_POLICY,
         OpenExportError::ShuttingDown => option_reply::ERR_SHUTDOWN,
     }

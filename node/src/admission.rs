@@ -7,11 +7,12 @@
 
 use std::rc::Rc;
 
+use ballast_block::ReplicaId;
 use ballast_cluster::{Command, Past, Pool, PoolState};
 use ballast_env::Env;
 
 use crate::node::Inner;
-use crate::peers::links::{Identity, Refusal};
+use crate::peers::identity::{Identity, Refusal};
 
 const REMEDY: &str = "its replicas are lost; replace it: `ballastctl pool replace`";
 
@@ -56,13 +57,18 @@ pub(crate) fn admit<E: Env>(inner: &Rc<Inner<E>>, peer: &Identity) -> Result<(),
 /// because it would bring a member of the cluster group that has forgotten everything.
 fn known_pool<E: Env>(inner: &Inner<E>, peer: &Identity) -> Result<Option<Pool>, Refusal> {
     let state = inner.cluster.state();
-    if let Some(pool) = state.pools_on(peer.node).find(|pool| pool.id == peer.pool) {
+    let of_shard = || state.pools_of(peer.node, inner.shard());
+    if let Some(pool) = of_shard().find(|pool| pool.id == peer.pool) {
         return Ok(Some(*pool));
     }
-    let Some(other) = state.pools_on(peer.node).last() else { return Ok(None) };
-    let expected = state
-        .node(peer.node)
-        .is_some_and(|node| node.replacing && node.cluster_member() == peer.member);
+    let Some(other) = of_shard().last() else { return Ok(None) };
+    let expected = match peer.member {
+        // A pool without a member of the cluster group has promised nothing to anybody yet.
+        ReplicaId(0) => of_shard().all(|pool| pool.state == PoolState::Lost),
+        member => state
+            .node(peer.node)
+            .is_some_and(|node| node.replacing && node.cluster_member() == member),
+    };
     if expected {
         return Ok(None);
     }
@@ -95,7 +101,7 @@ pub(crate) fn refused<E: Env>(inner: &Rc<Inner<E>>, reason: &str) {
         return;
     }
     tracing::error!(node = %inner.config.node, pool = %inner.links.identity().pool, reason,
-        "REFUSED: this node's pool is lost; it votes for nothing and serves nothing");
+        "REFUSED: this pool takes no part in the cluster; it votes for nothing and serves nothing");
     *inner.refused.borrow_mut() = Some(reason.to_owned());
     inner.announced.set(false);
     inner.stopping.send_replace(true);
@@ -107,6 +113,8 @@ pub(crate) fn refused<E: Env>(inner: &Rc<Inner<E>>, reason: &str) {
         for family in families.values() {
             family.stop().await;
         }
-        inner.cluster.group().stop().await;
+        if let Some(group) = inner.cluster.group() {
+            group.stop().await;
+        }
     });
 }

@@ -188,14 +188,11 @@ pub(crate) async fn move_leader_here<E: Env>(
         node: node.map_or(0, |node| node.0),
         reason,
     };
-    let group = if family == FamilyId::CLUSTER {
-        inner.cluster.group().clone()
-    } else {
-        match family_here(inner, family) {
-            Ok(family) => family.group().clone(),
-            Err(_) => return moved(STOPPED, None, String::new()),
-        }
+    let group = match family {
+        FamilyId::CLUSTER => inner.cluster.group().cloned(),
+        _ => inner.families.borrow().get(&family).map(|family| family.group().clone()),
     };
+    let Some(group) = group else { return moved(STOPPED, None, String::new()) };
     if group.leading_term().is_none() {
         return moved(NOT_LEADER, group.leader_node(), String::new());
     }

@@ -1,22 +1,26 @@
-//! The cluster group on this node: its machine, and how any node gets a command into its log.
+//! The cluster group as a shard has it: shard 0 its member, the others a copy of the state; the
+//! group's machine, and how any node gets a command into its log.
 
 use std::cell::{Ref, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
-use ballast_block::{ClusterId, FamilyId, NodeId, ReplicaId, Sequence};
+use ballast_block::{ClusterId, NodeId, ReplicaId, Sequence};
 use ballast_cluster::{ClusterState, Command, Reply};
 use ballast_env::Env;
 use ballast_raft_store::entry::{Body, Command as LogCommand};
-use ballast_raft_store::types::{ApplyReply, Member};
+use ballast_raft_store::types::{ApplyReply, LogId, Member};
 use ballast_volume::group::{Group, ProposeError};
 use ballast_volume::machine::{Decision, DecodeStateError, Machine};
 use bytes::Bytes;
 use prost::Message;
 use thiserror::Error;
+use tokio::sync::watch;
 
 use crate::calls::{ClusterCallV1, Tag, decode};
+use crate::cluster_copy::ClusterCopy;
 use crate::config::Founder;
 use crate::peers::connection::PeerError;
 use crate::peers::links::{Lane, Links};
@@ -88,8 +92,83 @@ pub enum ProposeClusterError {
     NoQuorum,
 }
 
+/// The cluster group, for the shard that has this.
+pub(crate) enum ClusterGroup<E: Env> {
+    /// On shard 0.
+    Member(ClusterMember<E>),
+    /// On the others.
+    Copy(ClusterCopy<E>),
+}
+
+/// Tells when the state may have changed.
+pub(crate) enum Changes {
+    Applied(watch::Receiver<Option<LogId>>),
+    Published(watch::Receiver<Arc<ClusterState>>),
+}
+
+impl Changes {
+    /// What changed up to now is known.
+    pub(crate) fn seen(&mut self) {
+        match self {
+            Self::Applied(applied) => drop(applied.borrow_and_update()),
+            Self::Published(published) => drop(published.borrow_and_update()),
+        }
+    }
+
+    /// Waits for the next change; `false`: there are no more.
+    pub(crate) async fn next(&mut self) -> bool {
+        match self {
+            Self::Applied(applied) => applied.changed().await.is_ok(),
+            Self::Published(published) => published.changed().await.is_ok(),
+        }
+    }
+}
+
+impl<E: Env> ClusterGroup<E> {
+    /// The member, on shard 0.
+    pub(crate) fn member(&self) -> Option<&ClusterMember<E>> {
+        match self {
+            Self::Member(member) => Some(member),
+            Self::Copy(_) => None,
+        }
+    }
+
+    /// The member's Raft group, on shard 0.
+    pub(crate) fn group(&self) -> Option<&Group<E>> {
+        self.member().map(ClusterMember::group)
+    }
+
+    /// The state as known here; may be behind the leader's.
+    pub(crate) fn state(&self) -> Ref<'_, ClusterState> {
+        match self {
+            Self::Member(member) => member.state(),
+            Self::Copy(copy) => copy.state(),
+        }
+    }
+
+    /// Tells when the state may have changed.
+    pub(crate) fn changes(&self) -> Changes {
+        match self {
+            Self::Member(member) => Changes::Applied(member.group.applied()),
+            Self::Copy(copy) => Changes::Published(copy.published()),
+        }
+    }
+
+    /// Gets `command` applied by the group, whichever node leads, and waits until it is known here
+    /// too. Commands are idempotent: a retry does no harm.
+    ///
+    /// # Errors
+    /// [`ProposeClusterError`].
+    pub(crate) async fn propose(&self, command: &Command) -> Result<Reply, ProposeClusterError> {
+        match self {
+            Self::Member(member) => member.propose(command).await,
+            Self::Copy(copy) => copy.propose(command).await,
+        }
+    }
+}
+
 /// The cluster group's member on this node.
-pub struct ClusterGroup<E: Env> {
+pub struct ClusterMember<E: Env> {
     env: E,
     links: Rc<Links<E>>,
     group: Group<E>,
@@ -97,7 +176,7 @@ pub struct ClusterGroup<E: Env> {
     nodes: Vec<NodeId>,
 }
 
-impl<E: Env> ClusterGroup<E> {
+impl<E: Env> ClusterMember<E> {
     /// Around a running member.
     pub fn new(
         env: E,
@@ -130,8 +209,7 @@ impl<E: Env> ClusterGroup<E> {
         self.group.initialize(members).await
     }
 
-    /// Gets `command` applied by the group, whichever node leads, and waits until it is applied on
-    /// this node too. Commands are idempotent: a retry does no harm.
+    /// See [`ClusterGroup::propose`].
     ///
     /// # Errors
     /// [`ProposeClusterError`].
@@ -203,11 +281,6 @@ impl<E: Env> ClusterGroup<E> {
             },
             Err(ProposeError::Stopped) => ClusterCallV1 { code: 2, ..ClusterCallV1::default() },
         }
-    }
-
-    /// The family of the group.
-    pub fn family(&self) -> FamilyId {
-        FamilyId::CLUSTER
     }
 }
 

@@ -1,8 +1,9 @@
 //! A storage node as a library, generic over its environment: the daemon runs it on Linux, the
 //! simulator in a simulated world.
 //!
-//! Wires links, pool, cluster group, families and targets together. Everything here runs on the
-//! node's shard: one thread.
+//! Wires links, pool, cluster group, families and targets together. Everything here runs on one
+//! shard: a thread with one of the node's pools. What the shards of a node have of each other is in
+//! [`shards`].
 
 pub use ballast_cluster as cluster;
 pub use ballast_volume::group::RaftSettings;
@@ -12,6 +13,7 @@ mod admission;
 pub mod attach;
 pub mod calls;
 pub mod client;
+mod cluster_copy;
 pub mod cluster_group;
 pub mod config;
 pub mod families;
@@ -31,3 +33,4 @@ pub mod resync;
 pub mod room;
 pub mod room_queue;
 pub mod server;
+pub mod shards;

@@ -35,7 +35,9 @@ pub(crate) async fn run<E: Env>(node: Weak<Inner<E>>) {
 }
 
 async fn round<E: Env>(inner: &Rc<Inner<E>>) {
-    settle(inner.cluster.group(), wanted_of_cluster(inner)).await;
+    if let Some(group) = inner.cluster.group() {
+        settle(group, wanted_of_cluster(inner)).await;
+    }
     let families: Vec<_> = inner.families.borrow().values().cloned().collect();
     for family in families {
         let group = family.group();

@@ -36,8 +36,7 @@ pub(crate) async fn run<E: Env>(node: Weak<Inner<E>>) {
         let Some(inner) = node.upgrade() else { return };
         let env = inner.env.clone();
         resync::drop_stale(&inner);
-        let mut groups = vec![inner.cluster.group().clone()];
-        groups.extend(inner.families.borrow().values().map(|family| family.group().clone()));
+        let groups = inner.groups();
         for group in groups {
             mend_entries(&inner, &group).await;
             match beyond_mending(&group) {

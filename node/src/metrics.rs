@@ -122,8 +122,10 @@ impl<E: Env> Node<E> {
         peers(inner);
         volumes(inner);
         gauge!("ballast_attachments").set(inner.attachments.borrow().len() as f64);
-        counter!("ballast_cluster_changes_total").absolute(inner.cluster.state().revision());
-        group(inner, CLUSTER_GROUP, inner.cluster.group());
+        if let Some(member) = inner.cluster.group() {
+            counter!("ballast_cluster_changes_total").absolute(inner.cluster.state().revision());
+            group(inner, CLUSTER_GROUP, member);
+        }
         let families: Vec<_> = inner.families.borrow().values().cloned().collect();
         gauge!("ballast_replicas").set(families.len() as f64);
         for family in families {

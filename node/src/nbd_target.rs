@@ -1,6 +1,7 @@
 //! NBD clients: the socket, the session, and the commands in flight. Steps 1, 2 and 8 of a write.
 //!
-//! One task per connection. It reads only while the session wants input, so what a client may have
+//! One task per connection. It begins on shard 0, which listens, and travels to the volume's shard
+//! when the client opens an export. It reads only while the session wants input, so what a client may have
 //! in flight is bounded by the session; a write's payload goes from the socket straight into an
 //! aligned, pooled buffer.
 
@@ -13,13 +14,13 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use ballast_block::limits::{NBD_CONNECTIONS_MAX, NBD_HANDSHAKE_SECONDS_MAX};
-use ballast_block::{IoError, IoReply};
-use ballast_cluster::VolumePhase;
+use ballast_block::{IoError, IoReply, ShardId};
+use ballast_cluster::{Volume, VolumePhase};
 use ballast_env::Env;
 use ballast_env::network::Listener;
 use ballast_nbd::{
     Access, CommandId, Event, ExportInfo, ListExportsError, OpenExport, OpenExportError, Purpose,
-    Session, Want,
+    Session, SuspendedHandshake, Want,
 };
 use bytes::Buf;
 use futures_util::future::LocalBoxFuture;
@@ -28,6 +29,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::client::{AttachError, VolumeClient};
 use crate::node::Inner;
+use crate::shards::{Arrival, HandOverError};
 
 /// Pause after an accept that failed, for want of file descriptors maybe.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -44,8 +46,8 @@ where
                 tracing::warn!(from, limit = NBD_CONNECTIONS_MAX, "too many NBD clients");
             }
             Ok((stream, from)) => {
-                let connection = Connection::new(inner.clone(), stream, from);
-                inner.env.spawn(connection.run());
+                let connection = Connection::new(inner.clone(), stream, from, Session::new());
+                inner.env.spawn(connection.run(None));
             }
             Err(error) => {
                 tracing::warn!(%error, "can't accept an NBD client");
@@ -53,6 +55,22 @@ where
             }
         }
     }
+}
+
+/// Goes on with a connection that another shard of this node accepted.
+pub(crate) fn resume<E: Env>(
+    inner: &Rc<Inner<E>>,
+    stream: E::Stream,
+    handshake: SuspendedHandshake,
+    open: OpenExport,
+    from: String,
+) {
+    if inner.nbd_connections.get() >= NBD_CONNECTIONS_MAX {
+        tracing::warn!(from, limit = NBD_CONNECTIONS_MAX, "too many NBD clients");
+        return;
+    }
+    let connection = Connection::new(inner.clone(), stream, from, Session::resume(handshake));
+    inner.env.spawn(connection.run(Some(open)));
 }
 
 type Completion = (CommandId, Result<IoReply, IoError>);
@@ -65,23 +83,43 @@ struct Connection<E: Env> {
     client: Option<Rc<VolumeClient<E>>>,
     running: FuturesUnordered<LocalBoxFuture<'static, Completion>>,
     attached: Rc<Cell<bool>>,
+    _counted: Counted<E>,
 }
 
-impl<E: Env> Drop for Connection<E> {
-    fn drop(&mut self) {
-        self.inner.nbd_connections.set(self.inner.nbd_connections.get() - 1);
+/// A connection among those that the limit is for.
+struct Counted<E: Env>(Rc<Inner<E>>);
+
+impl<E: Env> Counted<E> {
+    fn new(inner: Rc<Inner<E>>) -> Self {
+        inner.nbd_connections.set(inner.nbd_connections.get() + 1);
+        Self(inner)
     }
+}
+
+impl<E: Env> Drop for Counted<E> {
+    fn drop(&mut self) {
+        self.0.nbd_connections.set(self.0.nbd_connections.get() - 1);
+    }
+}
+
+/// How serving a connection ended.
+enum Served {
+    /// The client has said good-bye.
+    Ended,
+    /// The export is another shard's.
+    Elsewhere(ShardId, OpenExport),
 }
 
 impl<E: Env> Connection<E> {
-    fn new(inner: Rc<Inner<E>>, stream: E::Stream, from: String) -> Self {
-        let session = Session::new();
-        inner.nbd_connections.set(inner.nbd_connections.get() + 1);
+    fn new(inner: Rc<Inner<E>>, stream: E::Stream, from: String, session: Session) -> Self {
         let running = FuturesUnordered::new();
-        Self { inner, stream, from, session, client: None, running, attached: Rc::default() }
+        let (client, attached) = (None, Rc::default());
+        let _counted = Counted::new(inner.clone());
+        Self { inner, stream, from, session, client, running, attached, _counted }
     }
 
-    async fn run(mut self) {
+    /// Serves the client; `asked` is what it waits for already.
+    async fn run(mut self, asked: Option<OpenExport>) {
         let mut stopping = self.inner.stopping.subscribe();
         let limit = self.inner.env.sleep(Duration::from_secs(NBD_HANDSHAKE_SECONDS_MAX));
         let attached = self.attached.clone();
@@ -93,12 +131,14 @@ impl<E: Env> Connection<E> {
         };
         let served = tokio::select! {
             biased;
-            served = self.serve() => served,
-            _ = stopping.wait_for(|&stop| stop) => Ok(()),
+            served = self.serve(asked) => served,
+            _ = stopping.wait_for(|&stop| stop) => Ok(Served::Ended),
             () = handshake => Err(io::ErrorKind::TimedOut.into()),
         };
-        if let Err(error) = served {
-            tracing::info!(from = self.from, %error, "NBD client gone");
+        match served {
+            Ok(Served::Ended) => {}
+            Ok(Served::Elsewhere(shard, open)) => return self.hand_over(shard, open),
+            Err(error) => tracing::info!(from = self.from, %error, "NBD client gone"),
         }
         if let Some(client) = &self.client {
             client.let_go();
@@ -113,15 +153,52 @@ impl<E: Env> Connection<E> {
         }
     }
 
-    async fn serve(&mut self) -> io::Result<()> {
+    async fn serve(&mut self, asked: Option<OpenExport>) -> io::Result<Served> {
+        if let Some(open) = asked {
+            let opened = self.open(open).await;
+            self.session.export_opened(opened);
+        }
         loop {
             while let Some(event) = self.session.next_event().map_err(io::Error::other)? {
-                self.handle(event).await;
+                match event {
+                    Event::OpenExport(open) => {
+                        if let Some(shard) = self.shard_elsewhere(&open) {
+                            self.flush().await?;
+                            return Ok(Served::Elsewhere(shard, open));
+                        }
+                        let opened = self.open(open).await;
+                        self.session.export_opened(opened);
+                    }
+                    event => self.handle(event),
+                }
             }
             if matches!(self.session.want(), Want::Close) {
-                return self.flush().await;
+                self.flush().await?;
+                poll_fn(|context| Pin::new(&mut self.stream).poll_shutdown(context)).await?;
+                return Ok(Served::Ended);
             }
             poll_fn(|context| self.poll_progress(context)).await?;
+        }
+    }
+
+    /// The shard of this node that serves the export, if it is another one and there.
+    fn shard_elsewhere(&self, open: &OpenExport) -> Option<ShardId> {
+        let shard = self.volume_of(open).ok()?.shard;
+        let elsewhere = open.purpose == Purpose::Attach && shard != self.inner.shard();
+        (elsewhere && self.inner.doors.door(shard).is_ok()).then_some(shard)
+    }
+
+    /// The only way out of a shard; what the client sent and was not looked at goes along.
+    fn hand_over(self, shard: ShardId, open: OpenExport) {
+        let Self { inner, stream, from, session, .. } = self;
+        let handed = inner.doors.door(shard).map(|door| (door, inner.env.detach(stream)));
+        match handed {
+            Ok((door, Ok(stream))) => {
+                let handshake = session.suspend();
+                door.send(Arrival::Nbd { stream, handshake, open, from });
+            }
+            Ok((_, Err(error))) => tracing::warn!(from, %error, "NBD client not handed over"),
+            Err(error) => tracing::warn!(from, %error, "NBD client not handed over"),
         }
     }
 
@@ -178,19 +255,16 @@ impl<E: Env> Connection<E> {
         while self.session.replies().has_remaining() {
             poll_fn(|context| self.poll_send(context)).await?;
         }
-        poll_fn(|context| Pin::new(&mut self.stream).poll_shutdown(context)).await
+        Ok(())
     }
 
-    async fn handle(&mut self, event: Event) {
+    fn handle(&mut self, event: Event) {
         match event {
             Event::ListExports => {
                 let names = self.volume_names();
                 self.session.exports_listed(names);
             }
-            Event::OpenExport(open) => {
-                let opened = self.open(open).await;
-                self.session.export_opened(opened);
-            }
+            Event::OpenExport(_) => unreachable!("taken by the caller"),
             Event::PayloadBuffer { length } => {
                 self.session.payload_buffer(self.inner.buffers.get(length));
             }
@@ -210,17 +284,30 @@ impl<E: Env> Connection<E> {
         Ok(ready.map(|volume| volume.name.clone()).collect())
     }
 
-    async fn open(&mut self, open: OpenExport) -> Result<ExportInfo, OpenExportError> {
-        let names = self.volume_names().map_err(|_| OpenExportError::ShuttingDown)?;
-        let name = match open.name.volume {
-            Some(name) => name,
-            None if names.len() == 1 => names[0].clone(),
-            None => return Err(OpenExportError::NotTheOnlyVolume { volumes: names.len() }),
+    /// The volume that a client means.
+    fn volume_of(&self, open: &OpenExport) -> Result<Volume, OpenExportError> {
+        let mut names = self.volume_names().map_err(|_| OpenExportError::ShuttingDown)?;
+        let name = match (&open.name.volume, names.len()) {
+            (Some(name), _) => name.clone(),
+            (None, 1) => names.remove(0),
+            (None, volumes) => return Err(OpenExportError::NotTheOnlyVolume { volumes }),
         };
+        let state = self.inner.cluster.state();
+        state.volume_by_name(&name).cloned().ok_or(OpenExportError::Unknown)
+    }
+
+    async fn open(&mut self, open: OpenExport) -> Result<ExportInfo, OpenExportError> {
+        let volume = self.volume_of(&open)?;
         let read_only = open.name.access == Access::ReadOnly;
-        let describe = open.purpose == Purpose::Describe;
-        // Describing attaches nothing: the size is what the cluster knows.
-        let client = VolumeClient::open(self.inner.clone(), &name, read_only || describe).await;
+        if open.purpose == Purpose::Describe {
+            // Nothing is attached: the size is what the cluster knows.
+            return Ok(export_info(volume.name, volume.size_bytes, read_only));
+        }
+        if volume.shard != self.inner.shard() {
+            let error = HandOverError::ShardNotHere(volume.shard);
+            return Err(OpenExportError::NotServedHere { why: error.to_string() });
+        }
+        let client = VolumeClient::open(self.inner.clone(), &volume.name, read_only).await;
         let client = client.map_err(|error| match error {
             AttachError::VolumeUnknown(_) => OpenExportError::Unknown,
             AttachError::Held(node) => {
@@ -228,18 +315,14 @@ impl<E: Env> Connection<E> {
             }
             AttachError::NoQuorum => OpenExportError::NoQuorum,
         })?;
-        let info = ExportInfo {
-            name,
-            description: String::new(),
-            size: client.size(),
-            read_only,
-            multi_connection: read_only,
-        };
-        if !describe {
-            tracing::info!(from = self.from, volume = info.name, read_only, "NBD client attached");
-            self.attached.set(true);
-            self.client = Some(Rc::new(client));
-        }
+        tracing::info!(from = self.from, volume = volume.name, read_only, "NBD client attached");
+        let info = export_info(volume.name, client.size(), read_only);
+        self.attached.set(true);
+        self.client = Some(Rc::new(client));
         Ok(info)
     }
+}
+
+fn export_info(name: String, size: u64, read_only: bool) -> ExportInfo {
+    ExportInfo { name, description: String::new(), size, read_only, multi_connection: read_only }
 }

@@ -1,4 +1,5 @@
-//! A node: opens the pool, starts the groups on it, links up with the peers, serves.
+//! A node, or one shard of it: opens the pool, starts the groups on it, links up with the peers,
+//! serves.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -7,7 +8,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use ballast_block::buffer::BufferPool;
-use ballast_block::{AttachmentId, FamilyId, NodeId, PoolId, ReplicaId, VolumeId};
+use ballast_block::{AttachmentId, FamilyId, NodeId, PoolId, ReplicaId, ShardId, VolumeId};
 use ballast_cluster::Marks;
 use ballast_env::Env;
 use ballast_env::network::{Address, Listener};
@@ -24,19 +25,27 @@ use ballast_volume::group::{Group, StartGroupError};
 use ballast_volume::snapshot::Checkpoint;
 use prost::Message;
 use thiserror::Error;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
-use crate::cluster_group::{ClusterFoundingV1, ClusterGroup, ClusterMachine, cluster_replica};
+use crate::cluster_copy::ClusterCopy;
+use crate::cluster_group::{
+    ClusterFoundingV1, ClusterGroup, ClusterMachine, ClusterMember, cluster_replica,
+};
 use crate::config::{Founder, NodeConfig};
 use crate::meters::Meters;
-use crate::peers::links::{Identity, Links};
+use crate::peers::identity::Identity;
+use crate::peers::links::{Handler, Links};
 use crate::peers::raft_net::{RaftNet, Transfers};
 use crate::resync::Incoming;
 use crate::room::RoomTable;
+use crate::shards::{self, Arrival, Doors, Place, Seat};
 use crate::{members, mend, nbd_target, quiesce, reconcile, room, server};
 
 /// How often logs are checked against their retention bound.
 const RETENTION_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The shard that has the cluster group's member and listens.
+const FIRST_SHARD: ShardId = ShardId(0);
 
 /// A node could not be made ready or started.
 #[derive(Debug, Error)]
@@ -64,6 +73,20 @@ pub enum StartNodeError {
     /// The pool has no replica of the cluster group.
     #[error("pool {0} has no replica of the cluster group: format it with this program")]
     ClusterReplicaMissing(String),
+    /// A pool of a further shard has a replica of the cluster group.
+    #[error(
+        "pool {path} is a node's first one, and is configured for {shard}: put the node's pools back \
+         in their order"
+    )]
+    ClusterReplicaUnexpected {
+        /// Its path.
+        path: String,
+        /// The shard that it is configured for.
+        shard: ShardId,
+    },
+    /// Shard 0 could not be started, or has ended.
+    #[error("shard 0 of this node is not there: {0} can't start without it")]
+    FirstShardEnded(ShardId),
     /// A group can't be started.
     #[error(transparent)]
     StartGroup(#[from] StartGroupError),
@@ -81,6 +104,8 @@ pub(crate) struct Inner<E: Env> {
     pub(crate) env: E,
     pub(crate) config: NodeConfig,
     pub(crate) links: Rc<Links<E>>,
+    /// The ways to the other shards of this node.
+    pub(crate) doors: Rc<Doors<E>>,
     pub(crate) pool: Pool<E>,
     pub(crate) recovery: RecoveryReport,
     pub(crate) buffers: BufferPool,
@@ -111,7 +136,7 @@ pub(crate) struct Inner<E: Env> {
     tasks: RefCell<Vec<OwnedTask>>,
 }
 
-/// A running node. Clones share it.
+/// A running node, or one shard of it. Clones share it.
 pub struct Node<E: Env> {
     pub(crate) inner: Rc<Inner<E>>,
 }
@@ -122,7 +147,7 @@ impl<E: Env> Clone for Node<E> {
     }
 }
 
-/// Makes the pool of a founding node: an explicit act of an administrator, once. Never called by
+/// Makes a founding node's first pool: an explicit act of an administrator, once. Never called by
 /// starting a node. `replacement` names the member of the cluster group that the cluster gave to
 /// the node's next pool when the one before was given up: the old one's promises are forgotten, so
 /// its id must not come back (hazard F5).
@@ -159,6 +184,27 @@ pub async fn format<E: Env>(
     Ok(id)
 }
 
+/// Makes a pool for a further shard of a node, which has nothing on it yet. As [`format`], an act of
+/// an administrator.
+///
+/// # Errors
+/// [`StartNodeError`]; nothing is written unless everything in the configuration is right.
+pub async fn format_further<E: Env>(
+    env: &E,
+    config: &NodeConfig,
+    create_bytes: Option<u64>,
+    overwrite_foreign: bool,
+) -> Result<PoolId, StartNodeError> {
+    check(config)?;
+    let options = FormatOptions {
+        cluster: config.cluster,
+        node: config.node,
+        create: create_bytes,
+        overwrite_foreign,
+    };
+    Ok(Pool::format(env, &config.pool, options).await?)
+}
+
 fn check(config: &NodeConfig) -> Result<&Founder, StartNodeError> {
     let ids: BTreeSet<NodeId> = config.founders.iter().map(|founder| founder.node).collect();
     let count = config.founders.len();
@@ -180,35 +226,62 @@ async fn open<E: Env>(
 }
 
 impl<E: Env> Node<E> {
-    /// Opens the pool and starts everything on it. Returns when the node listens; its groups may
-    /// not have leaders yet.
+    /// Opens the pool of a node that has one, and starts everything on it: see [`Node::start_at`].
     ///
     /// # Errors
     /// [`StartNodeError`].
     pub async fn start(env: E, config: NodeConfig) -> Result<Self, StartNodeError> {
+        let only = shards::places(config.cluster, 1).pop().expect("one was asked for");
+        Self::start_at(env, config, only).await
+    }
+
+    /// Opens the pool of one shard and starts everything on it. Returns when it serves; its groups
+    /// may not have leaders yet. A further shard waits for shard 0, which must be started, too.
+    ///
+    /// # Errors
+    /// [`StartNodeError`].
+    pub async fn start_at(
+        env: E,
+        config: NodeConfig,
+        place: Place<E>,
+    ) -> Result<Self, StartNodeError> {
         let own = check(&config)?.clone();
+        let Place { shard, doors, arrivals, seat } = place;
         let begun = env.now();
         let (pool, recovery) = open(&env, &config, None).await?;
         let opened_in = env.now().since(begun);
-        tracing::info!(node = %config.node, pool = %pool.id(), boot = pool.boot_counter(),
+        tracing::info!(node = %config.node, %shard, pool = %pool.id(), boot = pool.boot_counter(),
             ?recovery, ?opened_in, "pool is open");
         let identity = Identity {
             cluster: config.cluster,
             node: config.node,
+            shard,
             pool: pool.id(),
             boot: pool.boot_counter(),
             incarnation: env.random_u64() | 1,
             marks: marks_of(&pool),
-            member: cluster_member(&config, &pool)?.id(),
+            member: member_on(&config, &pool, shard)?.map_or(ReplicaId(0), |member| member.id()),
         };
         let buffers = BufferPool::default();
-        let links = Links::new(env.clone(), identity, buffers.clone());
+        let doors = Rc::new(doors);
+        let links = Links::new(env.clone(), identity, buffers.clone(), doors.clone());
         let transfers = Rc::<Transfers<E>>::default();
-        let cluster = start_cluster_group(&env, &config, &pool, &links, &transfers).await?;
+        let (cluster, served) = match seat {
+            Seat::First { publish, proposals } => {
+                let member = start_member(&env, &config, &pool, &links, &transfers).await?;
+                (ClusterGroup::Member(member), Some((publish, proposals)))
+            }
+            Seat::Further { copy, proposals } => {
+                let copy = ClusterCopy::open(env.clone(), copy, proposals).await;
+                let ended = StartNodeError::FirstShardEnded(shard);
+                (ClusterGroup::Copy(copy.ok_or(ended)?), None)
+            }
+        };
         let inner = Rc::new(Inner {
             env,
             config,
             links,
+            doors,
             pool,
             recovery,
             buffers,
@@ -231,29 +304,46 @@ impl<E: Env> Node<E> {
             tasks: RefCell::default(),
         });
         let node = Self { inner };
-        node.listen(&own).await?;
+        node.connect(&own, arrivals).await?;
+        if let Some((publish, proposals)) = served {
+            node.keep(shards::serve_others(Rc::downgrade(&node.inner), publish, proposals));
+        }
         node.run_background();
         Ok(node)
     }
 
-    async fn listen(&self, own: &Founder) -> Result<(), StartNodeError> {
+    /// Dials the peers' shards of the same number; on shard 0, listens for all shards.
+    async fn connect(
+        &self,
+        own: &Founder,
+        arrivals: mpsc::Receiver<Arrival<E>>,
+    ) -> Result<(), StartNodeError> {
         let inner = &self.inner;
-        let env = &inner.env;
-        let bind = async |address: &Address| {
-            let failed = |problem| StartNodeError::Listen { address: address.clone(), problem };
-            env.listen(address).await.map_err(failed)
-        };
         let handler = server::Server::of(inner);
-        let peer_listen = inner.config.peer_listen.as_ref().unwrap_or(&own.peer_address);
-        let listener = bind(peer_listen).await?;
-        *inner.peer_address.borrow_mut() = Some(listener.address());
-        self.keep(inner.links.clone().accept(listener, handler.clone()));
+        if inner.cluster.member().is_some() {
+            self.listen(own, &handler).await?;
+        }
+        self.keep(shards::take_in(Rc::downgrade(inner), arrivals, handler.clone()));
         for founder in &inner.config.founders {
             if founder.node != own.node {
                 let address = founder.peer_address.clone();
                 inner.links.dial(founder.node, address, handler.clone());
             }
         }
+        Ok(())
+    }
+
+    async fn listen(&self, own: &Founder, handler: &Rc<dyn Handler>) -> Result<(), StartNodeError> {
+        let inner = &self.inner;
+        let env = &inner.env;
+        let bind = async |address: &Address| {
+            let failed = |problem| StartNodeError::Listen { address: address.clone(), problem };
+            env.listen(address).await.map_err(failed)
+        };
+        let peer_listen = inner.config.peer_listen.as_ref().unwrap_or(&own.peer_address);
+        let listener = bind(peer_listen).await?;
+        *inner.peer_address.borrow_mut() = Some(listener.address());
+        self.keep(inner.links.clone().accept(listener, handler.clone()));
         for address in &inner.config.nbd_listen {
             let listener = bind(address).await?;
             inner.nbd_addresses.borrow_mut().push(listener.address());
@@ -286,7 +376,9 @@ impl<E: Env> Node<E> {
         for family in families.values() {
             family.stop().await;
         }
-        inner.cluster.group().stop().await;
+        if let Some(group) = inner.cluster.group() {
+            group.stop().await;
+        }
         inner.links.hang_up();
         if let Err(error) = inner.pool.close().await {
             tracing::warn!(%error, "last checkpoint failed; the log has everything");
@@ -323,9 +415,22 @@ impl<E: Env> Node<E> {
         self.inner.families.borrow().get(&family).cloned()
     }
 
-    /// The cluster group's member.
-    pub fn cluster(&self) -> &ClusterGroup<E> {
-        &self.inner.cluster
+    /// Which shard of its node it is.
+    pub fn shard(&self) -> ShardId {
+        self.inner.shard()
+    }
+}
+
+impl<E: Env> Inner<E> {
+    pub(crate) fn shard(&self) -> ShardId {
+        self.links.identity().shard
+    }
+
+    /// All groups that have a member here.
+    pub(crate) fn groups(&self) -> Vec<Group<E>> {
+        let families = self.families.borrow();
+        let families = families.values().map(|family| family.group().clone());
+        self.cluster.group().cloned().into_iter().chain(families).collect()
     }
 }
 
@@ -334,30 +439,39 @@ fn marks_of<E: Env>(pool: &Pool<E>) -> Marks {
     Marks { settled, settled_boot, offered }
 }
 
-/// The pool's replica of the cluster group.
-fn cluster_member<E: Env>(
-    config: &NodeConfig,
-    pool: &Pool<E>,
-) -> Result<Replica<E>, StartNodeError> {
-    let found = pool.replicas().into_iter().find(|one| one.family() == FamilyId::CLUSTER);
-    found.ok_or_else(|| StartNodeError::ClusterReplicaMissing(config.pool.display().to_string()))
+fn cluster_member<E: Env>(pool: &Pool<E>) -> Option<Replica<E>> {
+    pool.replicas().into_iter().find(|one| one.family() == FamilyId::CLUSTER)
 }
 
-async fn start_cluster_group<E: Env>(
+/// The pool's replica of the cluster group: shard 0's has one, the others' have none.
+fn member_on<E: Env>(
+    config: &NodeConfig,
+    pool: &Pool<E>,
+    shard: ShardId,
+) -> Result<Option<Replica<E>>, StartNodeError> {
+    let path = || config.pool.display().to_string();
+    match (cluster_member(pool), shard == FIRST_SHARD) {
+        (None, true) => Err(StartNodeError::ClusterReplicaMissing(path())),
+        (Some(_), false) => Err(StartNodeError::ClusterReplicaUnexpected { path: path(), shard }),
+        (found, _) => Ok(found),
+    }
+}
+
+async fn start_member<E: Env>(
     env: &E,
     config: &NodeConfig,
     pool: &Pool<E>,
     links: &Rc<Links<E>>,
     transfers: &Rc<Transfers<E>>,
-) -> Result<ClusterGroup<E>, StartNodeError> {
-    let replica = cluster_member(config, pool)?;
+) -> Result<ClusterMember<E>, StartNodeError> {
+    let replica = cluster_member(pool).expect("found when the identity was made");
     let id = replica.id();
     let net = raft_net(env, links, transfers, FamilyId::CLUSTER, id);
     let machine = Rc::new(RefCell::new(ClusterMachine::new(config.cluster)));
     let checkpoint = checkpoint_of(pool);
     let group =
         Group::start(env.clone(), replica, machine.clone(), net, config.raft, checkpoint).await?;
-    Ok(ClusterGroup::new(env.clone(), links.clone(), group, machine, &config.founders))
+    Ok(ClusterMember::new(env.clone(), links.clone(), group, machine, &config.founders))
 }
 
 /// The network of one group.
@@ -392,8 +506,7 @@ async fn keep_retention<E: Env>(node: std::rc::Weak<Inner<E>>) {
         let Some(inner) = node.upgrade() else { return };
         let env = inner.env.clone();
         let keep = inner.config.retention_bytes;
-        let mut groups = vec![inner.cluster.group().clone()];
-        groups.extend(inner.families.borrow().values().map(|family| family.group().clone()));
+        let groups = inner.groups();
         let wanted = inner.pool.purge_wanted();
         drop(inner);
         // Side by side: one that hangs keeps no other from giving up its log.

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
-use ballast_block::ShardId;
+use ballast_block::ReplicaId;
 use ballast_cluster::{
     Command, NodeBooted, PoolSpace, RegisterNode, Replica, ReplicaState, Reply, Volume, VolumePhase,
 };
@@ -29,12 +29,12 @@ pub(crate) async fn run<E: Env>(node: Weak<Inner<E>>) {
     let Some(inner) = node.upgrade() else { return };
     start_existing(&inner).await;
     form_cluster(&inner).await;
-    let mut applied = inner.cluster.group().applied();
+    let mut changes = inner.cluster.changes();
     drop(inner);
     loop {
         let Some(inner) = node.upgrade() else { return };
         let env = inner.env.clone();
-        applied.borrow_and_update();
+        changes.seen();
         if inner.refused.borrow().is_some() {
             return;
         }
@@ -47,7 +47,11 @@ pub(crate) async fn run<E: Env>(node: Weak<Inner<E>>) {
         drop(inner);
         tokio::select! {
             biased;
-            _ = applied.changed() => {}
+            going_on = changes.next() => if !going_on {
+                // Shard 0 has ended: nobody knows what this one should be any more.
+                let Some(inner) = node.upgrade() else { return };
+                return admission::refused(&inner, "shard 0 of this node takes no part any more");
+            },
             () = env.sleep(ROUND_MAX) => {}
         }
     }
@@ -57,6 +61,11 @@ pub(crate) async fn run<E: Env>(node: Weak<Inner<E>>) {
 /// with one replica has no peer that would stop a pool which went back in time: it waits until the
 /// cluster has accepted the pool.
 async fn start_existing<E: Env>(inner: &Rc<Inner<E>>) {
+    let known = inner.cluster.state().pool(inner.pool.id()).map(|pool| pool.shard);
+    if known != Some(inner.shard()) {
+        // It is new, or configured for another shard than it was; the cluster will say.
+        return;
+    }
     for replica in inner.pool.replicas() {
         let family = replica.family();
         if family == ballast_block::FamilyId::CLUSTER {
@@ -75,11 +84,12 @@ async fn start_existing<E: Env>(inner: &Rc<Inner<E>>) {
 }
 
 async fn form_cluster<E: Env>(inner: &Rc<Inner<E>>) {
+    let Some(cluster) = inner.cluster.member() else { return };
     let lowest = inner.config.founders.iter().map(|founder| founder.node).min();
-    let own = inner.cluster.group().replica().id();
+    let own = cluster.group().replica().id();
     // A replacement joins the group that there is.
     if lowest == Some(inner.config.node) && own == cluster_replica(inner.config.node) {
-        let _ = inner.cluster.form().await;
+        let _ = cluster.form().await;
     }
 }
 
@@ -96,14 +106,14 @@ async fn announce<E: Env>(inner: &Rc<Inner<E>>) {
     let booted = Command::NodeBooted(NodeBooted {
         node: own.node,
         pool: identity.pool,
-        shard: ShardId(0),
         boot_counter: identity.boot,
         incarnation: identity.incarnation,
         space: space(inner),
         settled: identity.marks.settled,
         settled_boot: identity.marks.settled_boot,
         offered: identity.marks.offered,
-        member: Some(identity.member),
+        member: Some(identity.member).filter(|&member| member != ReplicaId(0)),
+        shard: identity.shard,
     });
     for command in [register, booted] {
         match inner.cluster.propose(&command).await {
@@ -141,7 +151,7 @@ fn space<E: Env>(inner: &Inner<E>) -> PoolSpace {
 async fn round<E: Env>(inner: &Rc<Inner<E>>) {
     let own: Vec<(Replica, Option<Volume>)> = {
         let state = inner.cluster.state();
-        let own = state.replicas_on(inner.config.node).cloned();
+        let own = state.replicas_on_shard(inner.config.node, inner.shard()).cloned();
         own.map(|replica| {
             let volume = state.volume_of_family(replica.family).cloned();
             (replica, volume)

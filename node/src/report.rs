@@ -22,7 +22,7 @@ const REPORT_MAX: Duration = Duration::from_secs(1);
 pub(crate) async fn own<E: Env>(inner: &Inner<E>) -> NodeReportV1 {
     let space = inner.pool.space();
     let families: Vec<_> = inner.families.borrow().values().cloned().collect();
-    let mut replicas = vec![replica(inner.cluster.group())];
+    let mut replicas: Vec<_> = inner.cluster.group().map(replica).into_iter().collect();
     for family in &families {
         let mut report = replica(family.group());
         let state = family.state();

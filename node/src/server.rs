@@ -23,7 +23,8 @@ use crate::calls::{
 };
 use crate::node::Inner;
 use crate::peers::connection::PeerError;
-use crate::peers::links::{Handler, Identity, Refusal};
+use crate::peers::identity::{Identity, Refusal};
+use crate::peers::links::Handler;
 use crate::peers::raft_codec as codec;
 use crate::peers::wire::Frame;
 use crate::{admission, attach, mend, operate, quiesce, report, resync};
@@ -48,7 +49,7 @@ impl<E: Env> Server<E> {
 /// The group that a frame speaks to, if exactly that replica is here.
 fn group_of<E: Env>(inner: &Inner<E>, frame: &Frame) -> Result<Group<E>, PeerError> {
     let group = if frame.family == FamilyId::CLUSTER {
-        Some(inner.cluster.group().clone())
+        inner.cluster.group().cloned()
     } else {
         inner.families.borrow().get(&frame.family).map(|family| family.group().clone())
     };
@@ -194,7 +195,8 @@ async fn dispatch<E: Env>(inner: Rc<Inner<E>>, peer: Identity, frame: Frame) -> 
         }
         Tag::Propose => {
             let call: ClusterCallV1 = decode(body)?;
-            message(&inner.cluster.propose_here(call.bytes).await)
+            let member = inner.cluster.member().ok_or(PeerError::ReplicaNotHere)?;
+            message(&member.propose_here(call.bytes).await)
         }
         Tag::NodeReport => message(&report::own(&inner).await),
         Tag::MoveLeader => {

@@ -1,4 +1,4 @@
-//! Links to all peers: dialling, accepting, the handshake, and the pumps of each connection.
+//! Links to all peers: dialling, the handshake, and the pumps of each connection.
 //!
 //! A link names cluster, node, pool and boot counter before anything else is said (hazard F5), and
 //! a process incarnation, so that peers notice a restart at once (hazard 13). A link that is silent
@@ -9,9 +9,8 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
+use ballast_block::NodeId;
 use ballast_block::buffer::BufferPool;
-use ballast_block::{ClusterId, NodeId, PoolId, ReplicaId};
-use ballast_cluster::Marks;
 use ballast_env::Env;
 use ballast_env::network::{Address, Listener};
 use ballast_env::spawn::OwnedTask;
@@ -20,117 +19,18 @@ use futures_util::future::LocalBoxFuture;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 
-use super::connection::{Connection, PeerError, encode_failure};
+use super::connection::{Connection, PeerError};
+use super::identity::{Identity, Refusal};
+use super::inbound;
 use super::wire::{Frame, FrameReader, Kind};
+use crate::shards::Doors;
 
 /// How long a connection may be silent before it counts as dead.
 pub const SILENCE_MAX: Duration = Duration::from_millis(2500);
-const PING_INTERVAL: Duration = Duration::from_millis(500);
-const HANDSHAKE_MAX: Duration = Duration::from_secs(2);
+pub(super) const PING_INTERVAL: Duration = Duration::from_millis(500);
+pub(super) const HANDSHAKE_MAX: Duration = Duration::from_secs(2);
 const REDIAL_MIN: Duration = Duration::from_millis(50);
 const REDIAL_MAX: Duration = Duration::from_secs(1);
-
-/// Messages of one stream that wait for the group: beyond it the connection is not read on.
-const STREAM_FRAMES_MAX: usize = 64;
-
-/// Who a process is, as it tells its peers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Identity {
-    /// The cluster.
-    pub cluster: ClusterId,
-    /// The node.
-    pub node: NodeId,
-    /// Its pool.
-    pub pool: PoolId,
-    /// How often the pool was opened.
-    pub boot: u64,
-    /// Random, new with each start of the process.
-    pub incarnation: u64,
-    /// What the pool says of its past, as it was opened.
-    pub marks: Marks,
-    /// The pool's member of the cluster group.
-    pub member: ReplicaId,
-}
-
-/// Why a peer is not let in.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refusal {
-    /// For people.
-    pub text: String,
-    /// Its pool is lost, for ever: by an entry of the cluster group, whoever says so.
-    pub lost: bool,
-}
-
-impl From<String> for Refusal {
-    fn from(text: String) -> Self {
-        Self { text, lost: false }
-    }
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
-struct HelloV1 {
-    #[prost(bytes = "vec", tag = "1")]
-    cluster: Vec<u8>,
-    #[prost(uint32, tag = "2")]
-    node: u32,
-    #[prost(bytes = "vec", tag = "3")]
-    pool: Vec<u8>,
-    #[prost(uint64, tag = "4")]
-    boot: u64,
-    #[prost(uint64, tag = "5")]
-    incarnation: u64,
-    #[prost(string, tag = "6")]
-    refusal: String,
-    #[prost(bool, tag = "7")]
-    lost: bool,
-    #[prost(fixed64, tag = "8")]
-    settled: u64,
-    #[prost(uint64, tag = "9")]
-    settled_boot: u64,
-    #[prost(fixed64, tag = "10")]
-    offered: u64,
-    #[prost(uint64, tag = "11")]
-    member: u64,
-}
-
-impl Identity {
-    fn encode(&self, refusal: Option<&Refusal>) -> Bytes {
-        let hello = HelloV1 {
-            cluster: self.cluster.as_bytes().to_vec(),
-            node: self.node.0,
-            pool: self.pool.as_bytes().to_vec(),
-            boot: self.boot,
-            incarnation: self.incarnation,
-            refusal: refusal.map(|refusal| refusal.text.clone()).unwrap_or_default(),
-            lost: refusal.is_some_and(|refusal| refusal.lost),
-            settled: self.marks.settled,
-            settled_boot: self.marks.settled_boot,
-            offered: self.marks.offered,
-            member: self.member.0,
-        };
-        prost::Message::encode_to_vec(&hello).into()
-    }
-
-    fn decode(body: Bytes) -> Result<(Self, Option<Refusal>), PeerError> {
-        let damaged = || PeerError::Refused("handshake can't be decoded".into());
-        let hello: HelloV1 = prost::Message::decode(body).map_err(|_| damaged())?;
-        let identity = Identity {
-            cluster: ClusterId::from_bytes(hello.cluster.try_into().map_err(|_| damaged())?),
-            node: NodeId(hello.node),
-            pool: PoolId::from_bytes(hello.pool.try_into().map_err(|_| damaged())?),
-            boot: hello.boot,
-            incarnation: hello.incarnation,
-            marks: Marks {
-                settled: hello.settled,
-                settled_boot: hello.settled_boot,
-                offered: hello.offered,
-            },
-            member: ReplicaId(hello.member),
-        };
-        let refusal = Refusal { text: hello.refusal, lost: hello.lost };
-        Ok((identity, Some(refusal).filter(|refusal| !refusal.text.is_empty())))
-    }
-}
 
 /// The two connections of a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -179,9 +79,11 @@ struct Dialled {
 
 /// All links of a node.
 pub struct Links<E: Env> {
-    env: E,
+    pub(super) env: E,
     identity: Identity,
-    buffers: BufferPool,
+    pub(super) buffers: BufferPool,
+    /// The ways to the other shards of this node.
+    pub(super) doors: Rc<Doors<E>>,
     peers: RefCell<BTreeMap<NodeId, Dialled>>,
     /// Connections that peers dialled, to be closed with the rest.
     accepted: RefCell<Vec<Connection>>,
@@ -189,9 +91,14 @@ pub struct Links<E: Env> {
 
 impl<E: Env> Links<E> {
     /// No peer yet.
-    pub fn new(env: E, identity: Identity, buffers: BufferPool) -> Rc<Self> {
+    pub(crate) fn new(
+        env: E,
+        identity: Identity,
+        buffers: BufferPool,
+        doors: Rc<Doors<E>>,
+    ) -> Rc<Self> {
         let (peers, accepted) = (RefCell::default(), RefCell::default());
-        Rc::new(Self { env, identity, buffers, peers, accepted })
+        Rc::new(Self { env, identity, buffers, doors, peers, accepted })
     }
 
     /// This process.
@@ -265,7 +172,7 @@ impl<E: Env> Links<E> {
         }
     }
 
-    fn keep_accepted(&self, connection: &Connection) {
+    pub(super) fn keep_accepted(&self, connection: &Connection) {
         let mut accepted = self.accepted.borrow_mut();
         accepted.retain(|connection| !connection.is_closed());
         accepted.push(connection.clone());
@@ -279,7 +186,7 @@ impl<E: Env> Links<E> {
         loop {
             match listener.accept().await {
                 Ok((stream, from)) => {
-                    let accepted = accept_one(self.clone(), stream, from, handler.clone());
+                    let accepted = inbound::accept_one(self.clone(), stream, from, handler.clone());
                     self.env.spawn(accepted);
                 }
                 Err(error) => {
@@ -290,7 +197,7 @@ impl<E: Env> Links<E> {
         }
     }
 
-    fn check(&self, peer: &Identity, expected: Option<NodeId>) -> Result<(), String> {
+    pub(super) fn check(&self, peer: &Identity, expected: Option<NodeId>) -> Result<(), String> {
         if peer.cluster != self.identity.cluster {
             return Err(format!(
                 "node belongs to cluster {}, this one to {}",
@@ -299,6 +206,9 @@ impl<E: Env> Links<E> {
         }
         if expected.is_some_and(|expected| expected != peer.node) {
             return Err(format!("{} answers at the address of another node", peer.node));
+        }
+        if peer.shard != self.identity.shard {
+            return Err(format!("{} answers for {}", peer.shard, self.identity.shard));
         }
         if peer.node == self.identity.node {
             return Err(format!("two nodes call themselves {}", peer.node));
@@ -446,147 +356,5 @@ async fn pump<E: Env, R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
         written = connection.write_loop(&mut writer) => format!("{written:?}"),
         silent = liveness => silent,
         () = connection.closed() => "closed".to_owned(),
-    }
-}
-
-async fn accept_one<E: Env>(
-    links: Rc<Links<E>>,
-    stream: E::Stream,
-    from: String,
-    handler: Rc<dyn Handler>,
-) {
-    let env = links.env.clone();
-    let (reader, writer) = tokio::io::split(stream);
-    let mut reader = FrameReader::new(reader, links.buffers.clone());
-    let connection = Connection::new(env.now());
-    links.keep_accepted(&connection);
-    let hello = tokio::select! {
-        biased;
-        hello = reader.next() => Some(hello),
-        () = env.sleep(HANDSHAKE_MAX) => None,
-        () = connection.closed() => None,
-    };
-    let Some(hello) = hello else { return connection.close() };
-    let peer = match hello {
-        Ok(frame) if frame.kind == Kind::Hello => Identity::decode(frame.body),
-        Ok(_) => Err(PeerError::Refused("first frame is not a handshake".into())),
-        Err(error) => Err(PeerError::Refused(error.to_string())),
-    };
-    let peer = match peer {
-        Ok((peer, _)) => peer,
-        Err(error) => {
-            tracing::warn!(from, %error, "connection is no peer");
-            return connection.close();
-        }
-    };
-    let verdict = links.check(&peer, None).map_err(Refusal::from);
-    let refusal = verdict.and_then(|()| handler.admit(&peer)).err();
-    let reply = links.identity.encode(refusal.as_ref());
-    let _ = connection.send(Frame::plain(Kind::HelloReply, 0, reply));
-    let inbound = Inbound {
-        env: env.clone(),
-        connection: connection.clone(),
-        handler,
-        peer,
-        refused: refusal.is_some(),
-    };
-    if let Some(Refusal { text, .. }) = refusal {
-        tracing::warn!(from, peer = %peer.node, refusal = text, "peer refused");
-    }
-    inbound.serve(reader, writer).await;
-    connection.close();
-}
-
-struct Inbound<E: Env> {
-    env: E,
-    connection: Connection,
-    handler: Rc<dyn Handler>,
-    peer: Identity,
-    refused: bool,
-}
-
-impl<E: Env> Inbound<E> {
-    async fn serve<R, W>(self, mut reader: FrameReader<R>, mut writer: W)
-    where
-        R: AsyncRead + Unpin,
-        W: AsyncWrite + Unpin,
-    {
-        let read = async {
-            let mut streams = BTreeMap::<u64, mpsc::Sender<Frame>>::new();
-            while let Ok(frame) = reader.next().await {
-                self.connection.heard(self.env.now());
-                if self.refused {
-                    return;
-                }
-                match frame.kind {
-                    Kind::Ping => {
-                        let pong = Frame::plain(Kind::Pong, frame.id, Bytes::new());
-                        let _ = self.connection.send(pong);
-                    }
-                    Kind::Call => self.start_call(frame),
-                    Kind::Append => self.feed_stream(&mut streams, frame).await,
-                    Kind::AppendEnd => drop(streams.remove(&frame.id)),
-                    _ => {}
-                }
-            }
-        };
-        let liveness = async {
-            // The dialling side pings; silence means that it is gone or stopped.
-            loop {
-                self.env.sleep(PING_INTERVAL).await;
-                if self.env.now().since(self.connection.last_heard()) > SILENCE_MAX {
-                    return;
-                }
-            }
-        };
-        tokio::select! {
-            biased;
-            () = read => {}
-            _ = self.connection.write_loop(&mut writer) => {}
-            () = liveness => {}
-        }
-    }
-
-    fn start_call(&self, frame: Frame) {
-        let (connection, id) = (self.connection.clone(), frame.id);
-        let answer = self.handler.clone().call(self.peer, frame);
-        self.env.spawn(async move {
-            let reply = match answer.await {
-                Ok((body, payload)) => Frame { payload, ..Frame::plain(Kind::CallReply, id, body) },
-                Err(error) => Frame::plain(Kind::Failed, id, encode_failure(&error)),
-            };
-            if connection.send(reply) == Err(PeerError::QueueFull) {
-                // The caller would wait for ever for this one answer: end the connection instead.
-                connection.close();
-            }
-        });
-    }
-
-    async fn feed_stream(&self, streams: &mut BTreeMap<u64, mpsc::Sender<Frame>>, frame: Frame) {
-        let id = frame.id;
-        if !streams.contains_key(&id) {
-            streams.retain(|_, sender| !sender.is_closed());
-            streams.insert(id, self.start_stream(&frame));
-        }
-        let sender = streams.get(&id).expect("inserted above");
-        if sender.send(frame).await.is_err() {
-            // The group ended the stream and said so; what still arrives for it is dropped.
-        }
-    }
-
-    fn start_stream(&self, first: &Frame) -> mpsc::Sender<Frame> {
-        let (sender, receiver) = mpsc::channel(STREAM_FRAMES_MAX);
-        let (connection, id) = (self.connection.clone(), first.id);
-        let replies = connection.clone();
-        let reply = Box::new(move |body| {
-            let _ = replies.send(Frame::plain(Kind::AppendReply, id, body));
-        });
-        let running = self.handler.clone().stream(first, receiver, reply);
-        self.env.spawn(async move {
-            if let Err(error) = running.await {
-                let _ = connection.send(Frame::plain(Kind::Failed, id, encode_failure(&error)));
-            }
-        });
-        sender
     }
 }

@@ -4,6 +4,8 @@
 //! heartbeat or vote waits behind a megabyte of payload (hazard 26).
 
 pub mod connection;
+pub mod identity;
+pub(crate) mod inbound;
 pub mod links;
 pub mod raft_codec;
 pub mod raft_net;
