@@ -143,6 +143,7 @@ seeds_stage fixed-seeds --seeds "0..$fixed_seeds" --jobs 2
 for seed in 50 77 238 450; do
     seeds_stage "seed-$seed" --seed "$seed"
 done
+seeds_stage rot-seed --seed 5 --faults rot,kill-soon,cut-one-way,power-loss-of-all --every 300
 seeds_stage commit-seed --seed "$BALLAST_SIM_SEED"
 # One at a time: each wants the machine's two cores, and some measure stalls.
 run_stage processes '^e2e$' --test-threads=1

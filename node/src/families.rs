@@ -49,6 +49,26 @@ impl<E: Env> Surroundings for Around<E> {
     }
 }
 
+/// Puts a peer's copy in the place of each of these blocks, which are damaged here. Answers whether
+/// every one was to be had.
+pub(crate) async fn mend_blocks<E: Env>(
+    inner: &Rc<Inner<E>>,
+    replica: &Replica<E>,
+    damaged: Vec<DamagedBlock>,
+) -> bool {
+    for block in damaged {
+        let Some(payload) = fetch(inner.clone(), replica.family(), block).await else {
+            tracing::error!(replica = %replica.id(), ?block, "no replica has this block");
+            return false;
+        };
+        if let Err(error) = replica.repair(block, payload).await {
+            tracing::error!(replica = %replica.id(), ?block, %error, "can't repair block");
+            return false;
+        }
+    }
+    true
+}
+
 async fn fetch<E: Env>(
     inner: Rc<Inner<E>>,
     family: FamilyId,

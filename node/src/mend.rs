@@ -1,9 +1,12 @@
 //! Mends what recovery or a read found damaged on this node's pool, from the peers.
 //!
-//! Retained log entries whose payload is damaged get it back by log id (hazard 20). A suspect
+//! Retained log entries whose payload is damaged get it back by log id (hazard 20); where nobody has
+//! it, the log is given up to there, and who lacks it gets the difference; if it is not applied
+//! either, a leader steps aside. A suspect
 //! replica asks its leader to hand over, because only a leader of a newer term may bring it up
 //! (hazard F6). What can't be mended yet is tried again in the next round.
 
+use std::collections::BTreeMap;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
@@ -32,13 +35,14 @@ const FETCH_MAX: Duration = Duration::from_secs(5);
 const ENTRIES_PER_ROUND: usize = 64;
 
 pub(crate) async fn run<E: Env>(node: Weak<Inner<E>>) {
+    let mut held_up = BTreeMap::new();
     loop {
         let Some(inner) = node.upgrade() else { return };
         let env = inner.env.clone();
         resync::drop_stale(&inner);
         let groups = inner.groups();
         for group in groups {
-            mend_entries(&inner, &group).await;
+            mend_entries(&inner, &group, &mut held_up).await;
             match beyond_mending(&group) {
                 Some(why) => replace(&inner, &group, why).await,
                 None => ask_for_newer_term(&inner, &group).await,
@@ -58,16 +62,71 @@ fn others<E: Env>(inner: &Inner<E>, group: &Group<E>) -> Vec<(NodeId, ReplicaId)
     others.map(|(&id, member)| (member.node, ReplicaId(id))).collect()
 }
 
-async fn mend_entries<E: Env>(inner: &Rc<Inner<E>>, group: &Group<E>) {
+/// `held_up` has what could not be mended in the last round, by replica, of entries not applied.
+async fn mend_entries<E: Env>(
+    inner: &Rc<Inner<E>>,
+    group: &Group<E>,
+    held_up: &mut BTreeMap<ReplicaId, LogId>,
+) {
     let replica = group.replica();
+    let (mut applied, mut ahead) = (None, None);
     for id in replica.damaged_entries().into_iter().take(ENTRIES_PER_ROUND) {
-        let Some(payload) = fetch(inner, group, id).await else { continue };
+        let Some(payload) = fetch(inner, group, id).await else {
+            match replica.applied() >= Some(id) {
+                true => applied = Some(id),
+                false => ahead = ahead.or(Some(id)),
+            }
+            continue;
+        };
         match replica.repair_entry(id, payload).await {
             Ok(()) => tracing::warn!(replica = %replica.id(), %id, "damaged log entry repaired"),
             Err(error) => {
                 tracing::error!(replica = %replica.id(), %id, %error, "log entry not repaired");
             }
         }
+    }
+    if let Some(id) = applied {
+        give_up(inner, group, id).await;
+    }
+    let before = held_up.remove(&replica.id());
+    if let Some(id) = ahead {
+        held_up.insert(replica.id(), id);
+        if before == ahead {
+            step_aside(group, id).await;
+        }
+    }
+}
+
+/// Gives up the log up to a damaged entry that is applied and that no peer has in its own log any more, or none that is
+/// heard. A leader can't send it, nor anything behind it to a member of which it does not know that
+/// it has it: that member could never acknowledge again. It gets the difference, whose blocks are
+/// had from any replica's map.
+async fn give_up<E: Env>(inner: &Inner<E>, group: &Group<E>, id: LogId) {
+    let replica = group.replica();
+    if group.leading_term().is_none() {
+        return;
+    }
+    let is_covered = replica.checkpointed().is_some_and(|(covered, _)| covered >= id);
+    if !is_covered && let Err(error) = inner.pool.checkpoint().await {
+        tracing::warn!(replica = %replica.id(), %id, %error, "damaged log entry not given up");
+        return;
+    }
+    if group.purge_log(&inner.env, id).await {
+        tracing::warn!(replica = %replica.id(), %id,
+            "nobody has a damaged log entry: the log is given up to there");
+    }
+}
+
+/// Gives up the lead because of a damaged entry that is not applied here and that nobody has in his
+/// log, or nobody who is heard: it can't be sent, so nothing behind it is ever committed. It was
+/// never acknowledged, or those who applied it can lead without this replica.
+async fn step_aside<E: Env>(group: &Group<E>, id: LogId) {
+    let Some(term) = group.leading_term() else { return };
+    let replica = group.replica().id();
+    match group.resign(id.index).await {
+        Ok(()) => tracing::error!(%replica, term, %id,
+            "leads with a log entry that is damaged and not applied: steps aside"),
+        Err(error) => tracing::debug!(%replica, term, %error, "does not step aside"),
     }
 }
 

@@ -13,13 +13,16 @@ use std::time::Duration;
 use ballast_block::{NodeId, Sequence};
 use ballast_env::Env;
 use ballast_env::clock::Instant;
-use ballast_raft_store::replica::{DiffChange, DiffPage, Replica, Resync, ResyncBase, ResyncError};
+use ballast_raft_store::replica::{
+    DiffChange, DiffPage, ReadError, Replica, Resync, ResyncBase, ResyncError,
+};
 use ballast_raft_store::types::{LogId, Vote};
 use ballast_volume::group::Group;
 use ballast_volume::snapshot::GroupSnapshot;
 use openraft::storage::Snapshot;
 
 use crate::calls::{DifferenceV1, OfferV1, Tag, decode, decode_page};
+use crate::families;
 use crate::meters;
 use crate::node::{Inner, Node};
 use crate::peers::connection::PeerError;
@@ -33,6 +36,10 @@ pub const PAGE_BYTES_MAX: usize = 1 << 20;
 
 /// Longest wait for a page: the leader reads it from disk.
 const PAGE_MAX: Duration = Duration::from_secs(30);
+
+/// Rounds of repair of one page: damage may strike again, or a block be overwritten meanwhile, whose
+/// older version nobody else has; the next view does not show it any more.
+const REPAIR_ROUNDS_MAX: u32 = 3;
 
 /// Pause before a difference that found no room is tried again.
 const FULL_PAUSE: Duration = Duration::from_secs(5);
@@ -290,21 +297,34 @@ fn page_bytes(page: &DiffPage) -> u64 {
     bytes.sum()
 }
 
-/// Gives a page of a view that a peer pulls.
+/// Gives a page of a view that a peer pulls. What is damaged of it here is first mended from others.
 pub(crate) async fn page<E: Env>(
-    inner: &Inner<E>,
+    inner: &Rc<Inner<E>>,
     ask: DifferenceV1,
 ) -> Result<DiffPage, PeerError> {
     let pin = inner.transfers.get(ask.transfer).ok_or_else(|| refused("transfer is over"))?;
     let replica = pin.replica();
     let since = Sequence(ask.since);
-    let page = match ask.holes {
-        true => replica.diff_holes(&pin, since, ask.from_block, PAGE_BYTES_MAX).await,
-        false => replica.diff(&pin, since, ask.from_block, PAGE_BYTES_MAX).await,
-    };
-    let page = page.map_err(|error| refused(ResyncError::Read(error)))?;
-    meters::add(&inner.meters.resync_sent, page_bytes(&page));
-    Ok(page)
+    let mut rounds = 0;
+    loop {
+        let page = match ask.holes {
+            true => replica.diff_holes(&pin, since, ask.from_block, PAGE_BYTES_MAX).await,
+            false => replica.diff(&pin, since, ask.from_block, PAGE_BYTES_MAX).await,
+        };
+        let damaged = match page {
+            Ok(page) => {
+                meters::add(&inner.meters.resync_sent, page_bytes(&page));
+                return Ok(page);
+            }
+            Err(ReadError::Damaged { blocks, .. }) if rounds < REPAIR_ROUNDS_MAX => blocks,
+            Err(error) => return Err(refused(ResyncError::Read(error))),
+        };
+        rounds += 1;
+        if !families::mend_blocks(inner, replica, damaged.clone()).await {
+            let error = ReadError::Damaged { replica: replica.id(), blocks: damaged };
+            return Err(refused(ResyncError::Read(error)));
+        }
+    }
 }
 
 /// Differences that a node had to do with since its start.

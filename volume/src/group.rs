@@ -5,7 +5,7 @@
 //! in the first lease of a process (hazard F4), no vote of a suspect (hazard F6).
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -372,6 +372,28 @@ impl<E: Env> Group<E> {
         let term = self.leading_term().ok_or(ProposeError::NotLeader { hint: None })?;
         self.inner.gate.shut(term);
         self.inner.raft.trigger().transfer_leader(to.0).await.map_err(|_| ProposeError::Stopped)
+    }
+
+    /// Gives up the lead, to whoever is elected: the entry at `index` can't be sent from here, and
+    /// nothing behind it. Members vote for another when they hear nothing more from this leader, in
+    /// the streams that wait for the entry either; none of them needs to have all of its log.
+    ///
+    /// # Errors
+    /// [`ProposeError`].
+    pub async fn resign(&self, index: u64) -> Result<(), ProposeError> {
+        let heir = {
+            let metrics = self.inner.raft.metrics();
+            let metrics = metrics.borrow_watched();
+            let voters: BTreeSet<u64> =
+                metrics.membership_config.membership().voter_ids().collect();
+            let own = self.inner.replica.id().0;
+            let others = metrics.replication.iter().flatten();
+            let others = others.filter(|(id, _)| **id != own && voters.contains(id));
+            others.max_by_key(|(_, matched)| **matched).map(|(&id, _)| ReplicaId(id))
+        };
+        let heir = heir.ok_or(ProposeError::NotLeader { hint: None })?;
+        self.inner.acks.want_gone(index);
+        self.transfer(heir).await
     }
 
     /// Stops the member; its replica stays on disk.

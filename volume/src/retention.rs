@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use ballast_env::Env;
-use ballast_raft_store::types::TypeConfig;
+use ballast_raft_store::types::{LogId, TypeConfig};
 use openraft::RaftMetrics;
 use openraft::async_runtime::WatchReceiver;
 
@@ -20,7 +20,15 @@ impl<E: Env> Group<E> {
     /// Purges the log down to about `keep` bytes, if it holds more. Answers whether it did.
     pub async fn trim_log(&self, env: &E, keep: u64) -> bool {
         // Below the bound, too: the pool may be short, or the entries be old (hazard F3).
-        let Some(target) = self.replica().purge_target(keep) else { return false };
+        match self.replica().purge_target(keep) {
+            Some(target) => self.purge_log(env, target).await,
+            None => false,
+        }
+    }
+
+    /// Purges the log up to `target`, which is applied and which the pool's last durable checkpoint
+    /// covers. Who lacks any of it gets the difference. Answers whether it is asked for.
+    pub async fn purge_log(&self, env: &E, target: LogId) -> bool {
         let raft = self.raft();
         let mut metrics = raft.metrics();
         let is_covered = |metrics: &RaftMetrics<TypeConfig>| {

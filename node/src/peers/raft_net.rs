@@ -361,6 +361,13 @@ struct Sent {
     first: Option<u64>,
 }
 
+/// Whether the entries that this request should carry can't be read and are to go: an empty one
+/// follows the last entry there is, else. A stream that waits for them would hold them for ever.
+fn lacks_next(request: &AppendEntriesRequest<TypeConfig>, wanted_gone: u64) -> bool {
+    let prev = request.prev_log_id.map_or(0, |prev| prev.index);
+    request.entries.is_empty() && prev < wanted_gone
+}
+
 struct Progress {
     /// The frames without an answer, oldest first.
     unanswered: RefCell<VecDeque<Sent>>,
@@ -415,11 +422,16 @@ impl<E: Env> OpenStream<E> {
         });
         let template = client.frame(Kind::Append, id, Bytes::new());
         let (shared, clock, out) = (progress.clone(), env.clone(), connection.clone());
+        let wanted_gone = client.acks.clone();
         let sending = async move {
             let mut requests = Requests { input: &mut input, held: None, last: None, timer: None };
             loop {
                 shared.turn().await;
                 let Some(request) = requests.next(&clock).await else { break };
+                if lacks_next(&request, wanted_gone.wanted_gone()) {
+                    *shared.error.borrow_mut() = Some(PeerError::BehindRetention);
+                    break;
+                }
                 let (body, payload) = codec::encode_append(&request);
                 let bytes = match request.entries.is_empty() {
                     true => 0,

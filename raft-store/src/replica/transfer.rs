@@ -8,6 +8,7 @@ use ballast_env::Env;
 use futures_util::future::join_all;
 
 use crate::map::{DiffRun, MapError, PinId, ROOT_BRANCH};
+use crate::pool::shared::count;
 use crate::replica::core::{Map, ReplicaInner};
 use crate::replica::{DamagedBlock, DiffChange, DiffPage, DiffRecord, ReadError, Replica};
 use crate::types::LogId;
@@ -95,6 +96,8 @@ impl<E: Env> Replica<E> {
         if damaged.is_empty() {
             return Ok(DiffPage { records, next });
         }
+        count(&self.inner.shared.counters.damaged_blocks, damaged.len() as u64);
+        tracing::error!(replica = %self.id(), blocks = ?damaged, "blocks of a difference are damaged");
         Err(ReadError::Damaged { replica: self.id(), blocks: damaged })
     }
 

@@ -1,0 +1,154 @@
+//! Rot on the node that leads, while others need from it what is damaged: as scripts on the
+//! production node. What one disk has lost must stop nobody while another replica has it.
+
+use std::path::Path;
+
+use ballast_block::{BlockRange, NodeId};
+use ballast_sim::ballast::{POOL, Sizes};
+use ballast_sim::env::disk::DiskImage;
+use ballast_sim::machine::Crash;
+use ballast_sim::oracle::stamp::recognise;
+use ballast_sim::oracle::{Outcome, Value};
+use ballast_sim::scene::{Scene, play};
+use openraft::async_runtime::WatchReceiver;
+
+const N1: NodeId = NodeId(1);
+const N2: NodeId = NodeId(2);
+const N3: NodeId = NodeId(3);
+
+const SEEDS: u64 = 3;
+
+const BLOCK: usize = 4096;
+
+const BLOCKS: BlockRange = BlockRange { start: 0, count: 4 };
+
+/// The volume of scripts, for its stamps.
+const VOLUME: u64 = 0;
+
+/// What the entry writes whose payload rots; nothing else writes there.
+const ROTTEN: BlockRange = BlockRange { start: 100, count: 4 };
+
+/// Entries before it: a leader that looks for where a follower's log agrees comes to it from below.
+const BEFORE: u64 = 24;
+
+fn image_of_2(scene: &Scene) -> DiskImage {
+    scene.world.disk(N2).image()
+}
+
+/// Where node 2's pool has the payload of the write to [`ROTTEN`] that came after `before`.
+fn payload_at_2(scene: &Scene, before: &DiskImage) -> Vec<u64> {
+    let pool = Path::new(POOL);
+    let disk = scene.world.disk(N2);
+    let is_payload = |at: &u64| {
+        let bytes = disk.peek(pool, *at, BLOCK).expect("the pool is there");
+        let mut blocks = ROTTEN.start..ROTTEN.end();
+        blocks.any(|block| matches!(recognise(VOLUME, block, &bytes), Some(Value::Written(_))))
+    };
+    disk.image().changed_since(before, pool).into_iter().filter(is_payload).collect()
+}
+
+fn rot_at_2(scene: &Scene, before: &DiskImage) {
+    let payload = payload_at_2(scene, before);
+    assert_eq!(payload.len(), ROTTEN.count as usize, "{payload:?}");
+    assert!(scene.world.disk(N2).rot(Path::new(POOL), payload[1]));
+}
+
+/// Node 1 keeps no entry up to `index`, as after many more writes.
+async fn purge_at_1(scene: &Scene, index: u64) {
+    let purged = scene.ask(N1, |node| async move { node.pool().checkpoint().await });
+    purged.await.expect("a checkpoint is made");
+    loop {
+        let raft = scene.member(N1).group().raft().clone();
+        let metrics = raft.metrics();
+        if metrics.borrow_watched().purged.is_some_and(|id| id.index >= index) {
+            return;
+        }
+        // It purges what it has a snapshot of, by the time that it is asked.
+        let asked = scene.ask(N1, |_| async move {
+            raft.trigger().snapshot().await.expect("it runs");
+            raft.trigger().purge_log(index).await.expect("it runs");
+        });
+        asked.await;
+        scene.world.sleep_ms(50).await;
+    }
+}
+
+/// The payload of an entry rots on node 2, which leads later: node 1 has it applied, and purged; node
+/// 3 was away. The leader can neither send the entry nor know that node 1 does not need it, and what
+/// node 3 lacks has the damaged block in it.
+async fn an_entry_rots(scene: Scene) {
+    let writer = scene.host();
+    writer.attach(N2).await;
+    scene.until("the leader follows its writer", || scene.leader() == Some(N2)).await;
+    scene.machine(N3).crash(Crash::Kill);
+    for _ in 0..BEFORE {
+        writer.must_write(BLOCKS).await;
+    }
+    scene.world.sleep_ms(50).await;
+    let before = image_of_2(&scene);
+    writer.must_write(ROTTEN).await;
+    let rotten = scene.last_index(N2);
+    writer.must_write(BLOCKS).await;
+    scene.until("node 1 has all", || scene.last_index(N1) > rotten).await;
+    purge_at_1(&scene, rotten).await;
+    // Only its disk has the payload after that.
+    scene.machine(N2).crash(Crash::Kill);
+    rot_at_2(&scene, &before);
+    scene.start_node(N2);
+    let second = scene.host();
+    second.attach(N2).await;
+    scene.until("the leader follows its writer", || scene.leader() == Some(N2)).await;
+    let write = second.write(BLOCKS).within(30_000).await;
+    assert_eq!(write, Some(Outcome::Done), "two of three have all, but for one block");
+    scene.start_node(N3);
+    scene.level().await;
+    assert!(scene.node(N3).resyncs().installed > 0, "it caught up from a log that can't be sent");
+    let stats = scene.node(N2).pool().stats();
+    assert!(stats.repaired_blocks > 0, "{stats:?}");
+    scene.end().await;
+}
+
+#[test]
+fn what_rots_on_a_leader_stops_nobody_while_another_replica_has_it() {
+    for seed in 0..SEEDS {
+        play(seed, Sizes::default(), None, an_entry_rots);
+    }
+}
+
+/// The payload of an entry that only node 2 has rots. With node 1 it leads again, for its log is the
+/// longest, and can send neither that entry nor what is behind it.
+async fn an_entry_that_nobody_else_has_rots(scene: Scene) {
+    let writer = scene.host();
+    writer.attach(N2).await;
+    scene.until("the leader follows its writer", || scene.leader() == Some(N2)).await;
+    writer.must_write(ROTTEN).await;
+    scene.world.sleep_ms(50).await;
+    scene.set_isolated(N2, true);
+    let (before, index) = (image_of_2(&scene), scene.last_index(N2));
+    let unanswered = writer.write(ROTTEN);
+    scene.until("it has the entry", || scene.last_index(N2) > index).await;
+    // Until the stream is sealed: what a later disk write proves is not taken for torn.
+    scene.world.sleep_ms(200).await;
+    assert!(!unanswered.is_answered(), "only one of three has it");
+    for id in [N1, N2, N3] {
+        scene.machine(id).crash(Crash::Kill);
+    }
+    rot_at_2(&scene, &before);
+    scene.set_isolated(N2, false);
+    scene.start_node(N1);
+    scene.start_node(N2);
+    scene.until("only it can be elected", || scene.leader() == Some(N2)).await;
+    scene.start_node(N3);
+    let second = scene.host();
+    second.attach(N1).await;
+    let write = second.write(BLOCKS).within(30_000).await;
+    assert_eq!(write, Some(Outcome::Done), "two of three have all that was answered");
+    scene.end().await;
+}
+
+#[test]
+fn a_leader_that_can_not_send_its_log_steps_aside() {
+    for seed in 0..SEEDS {
+        play(seed, Sizes::default(), None, an_entry_that_nobody_else_has_rots);
+    }
+}
