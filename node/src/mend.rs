@@ -70,7 +70,11 @@ async fn mend_entries<E: Env>(
 ) {
     let replica = group.replica();
     let (mut applied, mut ahead) = (None, None);
-    for id in replica.damaged_entries().into_iter().take(ENTRIES_PER_ROUND) {
+    let damaged = replica.damaged_entries();
+    if damaged.is_empty() {
+        group.set_unsendable(0);
+    }
+    for id in damaged.into_iter().take(ENTRIES_PER_ROUND) {
         let Some(payload) = fetch(inner, group, id).await else {
             match replica.applied() >= Some(id) {
                 true => applied = Some(id),
@@ -111,6 +115,7 @@ async fn give_up<E: Env>(inner: &Inner<E>, group: &Group<E>, id: LogId) {
         tracing::warn!(replica = %replica.id(), %id, %error, "damaged log entry not given up");
         return;
     }
+    group.set_unsendable(id.index);
     if group.purge_log(&inner.env, id).await {
         tracing::warn!(replica = %replica.id(), %id,
             "nobody has a damaged log entry: the log is given up to there");

@@ -18,6 +18,7 @@ use ballast_env::clock::Instant;
 pub struct Acks {
     members: Rc<RefCell<BTreeMap<u64, (u64, Instant)>>>,
     wanted_gone: Rc<Cell<u64>>,
+    unsendable: Rc<Cell<u64>>,
 }
 
 /// A network that notes the answers of members.
@@ -43,6 +44,17 @@ impl Acks {
     /// Up to which index the log is to go.
     pub fn wanted_gone(&self) -> u64 {
         self.wanted_gone.get()
+    }
+
+    /// The entry at this index can't be read here, and won't be: no stream should wait for it or for
+    /// one before it. 0: all can be read.
+    pub fn set_unsendable(&self, index: u64) {
+        self.unsendable.set(index);
+    }
+
+    /// The entry that can't be sent, or 0.
+    pub fn unsendable(&self) -> u64 {
+        self.unsendable.get()
     }
 
     /// Until when a majority of each of the `configs` certainly followed the leader `own` of `term`;

@@ -392,8 +392,14 @@ impl<E: Env> Group<E> {
             others.max_by_key(|(_, matched)| **matched).map(|(&id, _)| ReplicaId(id))
         };
         let heir = heir.ok_or(ProposeError::NotLeader { hint: None })?;
-        self.inner.acks.want_gone(index);
+        self.set_unsendable(index);
         self.transfer(heir).await
+    }
+
+    /// Notes that the entry at `index` can't be sent from here, so that no stream waits for it; with
+    /// 0, that all can.
+    pub fn set_unsendable(&self, index: u64) {
+        self.inner.acks.set_unsendable(index);
     }
 
     /// Stops the member; its replica stays on disk.

@@ -361,11 +361,11 @@ struct Sent {
     first: Option<u64>,
 }
 
-/// Whether the entries that this request should carry can't be read and are to go: an empty one
-/// follows the last entry there is, else. A stream that waits for them would hold them for ever.
-fn lacks_next(request: &AppendEntriesRequest<TypeConfig>, wanted_gone: u64) -> bool {
-    let prev = request.prev_log_id.map_or(0, |prev| prev.index);
-    request.entries.is_empty() && prev < wanted_gone
+/// Whether this request is empty because entries up to `unsendable` can't be read: a stream that
+/// waits for them would hold them for ever.
+fn waits_for(request: &AppendEntriesRequest<TypeConfig>, unsendable: u64) -> bool {
+    let below = request.prev_log_id.is_some_and(|prev| prev.index < unsendable);
+    below && request.entries.is_empty()
 }
 
 struct Progress {
@@ -422,13 +422,13 @@ impl<E: Env> OpenStream<E> {
         });
         let template = client.frame(Kind::Append, id, Bytes::new());
         let (shared, clock, out) = (progress.clone(), env.clone(), connection.clone());
-        let wanted_gone = client.acks.clone();
+        let shared_acks = client.acks.clone();
         let sending = async move {
             let mut requests = Requests { input: &mut input, held: None, last: None, timer: None };
             loop {
                 shared.turn().await;
                 let Some(request) = requests.next(&clock).await else { break };
-                if lacks_next(&request, wanted_gone.wanted_gone()) {
+                if waits_for(&request, shared_acks.unsendable()) {
                     *shared.error.borrow_mut() = Some(PeerError::BehindRetention);
                     break;
                 }
