@@ -71,7 +71,11 @@ pub enum StartNodeError {
     #[error("can't make the cluster group's replica: {0}")]
     CreateReplica(#[from] CreateReplicaError),
     /// The pool has no replica of the cluster group.
-    #[error("pool {0} has no replica of the cluster group: format it with this program")]
+    #[error(
+        "pool {0} has no replica of the cluster group: either it is not the node's first one, then put \
+         the node's pools back in their order; or formatting it was cut short, then wipe it by hand \
+         and format it again"
+    )]
     ClusterReplicaMissing(String),
     /// A pool of a further shard has a replica of the cluster group.
     #[error(
@@ -162,12 +166,7 @@ pub async fn format<E: Env>(
     replacement: Option<ReplicaId>,
 ) -> Result<PoolId, StartNodeError> {
     check(config)?;
-    let options = FormatOptions {
-        cluster: config.cluster,
-        node: config.node,
-        create: create_bytes,
-        overwrite_foreign,
-    };
+    let options = format_options(config, create_bytes, overwrite_foreign);
     let id = Pool::format(env, &config.pool, options).await?;
     let (pool, _) = open(env, config, Some(id)).await?;
     let nodes = config.founders.iter().map(|founder| founder.node.0).collect();
@@ -196,13 +195,32 @@ pub async fn format_further<E: Env>(
     overwrite_foreign: bool,
 ) -> Result<PoolId, StartNodeError> {
     check(config)?;
-    let options = FormatOptions {
-        cluster: config.cluster,
-        node: config.node,
-        create: create_bytes,
-        overwrite_foreign,
-    };
+    let options = format_options(config, create_bytes, overwrite_foreign);
     Ok(Pool::format(env, &config.pool, options).await?)
+}
+
+/// Refuses what [`format`] and [`format_further`] would refuse, but for a file to be created that
+/// exists. Writes nothing: for making several pools, or none.
+///
+/// # Errors
+/// [`StartNodeError`].
+pub async fn check_format<E: Env>(
+    env: &E,
+    config: &NodeConfig,
+    create_bytes: Option<u64>,
+    overwrite_foreign: bool,
+) -> Result<(), StartNodeError> {
+    check(config)?;
+    let options = format_options(config, create_bytes, overwrite_foreign);
+    Ok(Pool::check_format(env, &config.pool, &options).await?)
+}
+
+fn format_options(
+    config: &NodeConfig,
+    create: Option<u64>,
+    overwrite_foreign: bool,
+) -> FormatOptions {
+    FormatOptions { cluster: config.cluster, node: config.node, create, overwrite_foreign }
 }
 
 fn check(config: &NodeConfig) -> Result<&Founder, StartNodeError> {
@@ -273,8 +291,7 @@ impl<E: Env> Node<E> {
             }
             Seat::Further { copy, proposals } => {
                 let copy = ClusterCopy::open(env.clone(), copy, proposals).await;
-                let ended = StartNodeError::FirstShardEnded(shard);
-                (ClusterGroup::Copy(copy.ok_or(ended)?), None)
+                (ClusterGroup::Copy(copy.ok_or(StartNodeError::FirstShardEnded(shard))?), None)
             }
         };
         let inner = Rc::new(Inner {

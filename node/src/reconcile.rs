@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use ballast_block::ReplicaId;
 use ballast_cluster::{
-    Command, NodeBooted, PoolSpace, RegisterNode, Replica, ReplicaState, Reply, Volume, VolumePhase,
+    Command, NodeBooted, PoolSpace, Refusal, RegisterNode, Replica, ReplicaState, Reply, Volume,
+    VolumePhase,
 };
 use ballast_env::Env;
 use ballast_raft_store::types::Member;
@@ -103,6 +104,13 @@ async fn announce<E: Env>(inner: &Rc<Inner<E>>) {
         labels: BTreeMap::new(),
     });
     let identity = inner.links.identity();
+    let known = inner.cluster.state().pool(identity.pool).map(|pool| pool.shard);
+    if let Some(known) = known.filter(|&known| known != identity.shard) {
+        // The cluster would say the same, in words only: told here, it is a refusal for ever.
+        let (pool, reported) = (identity.pool, identity.shard);
+        let refusal = Refusal::PoolShardDiffers { pool, known, reported };
+        return admission::refused(inner, &refusal.to_string());
+    }
     let booted = Command::NodeBooted(NodeBooted {
         node: own.node,
         pool: identity.pool,

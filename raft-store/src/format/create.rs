@@ -25,23 +25,15 @@ pub async fn create<E: Env>(
     path: &Path,
     options: FormatOptions,
 ) -> Result<PoolId, FormatPoolError> {
-    let too_small = |size| FormatPoolError::TooSmall { size, least: PoolGeometry::BYTES_MIN };
     let mode = match options.create {
-        Some(size) if PoolGeometry::for_size(size).is_none() => return Err(too_small(size)),
-        Some(size) => OpenMode::CreateNew { size },
+        Some(size) => {
+            geometry_for(size)?;
+            OpenMode::CreateNew { size }
+        }
         None => OpenMode::Exclusive,
     };
     let file = env.open(path, mode).await?;
-    let geometry = PoolGeometry::for_size(file.size()).ok_or_else(|| too_small(file.size()))?;
-    let (read, start) = file.read_at(0, AlignedBuf::zeroed(VOTE_SLOTS_OFFSET as usize)).await;
-    read?;
-    let path = || path.display().to_string();
-    if SUPERBLOCK_OFFSETS.iter().any(|&offset| was_superblock(&start[offset as usize..])) {
-        return Err(FormatPoolError::HoldsPool { path: path() });
-    }
-    if !options.overwrite_foreign && start.iter().any(|&byte| byte != 0) {
-        return Err(FormatPoolError::HoldsForeignData { path: path() });
-    }
+    let (geometry, start) = inspect(&file, path, &options).await?;
     let superblock = new_superblock(env, &options, geometry);
     if start.iter().any(|&byte| byte != 0) {
         file.write_at(0, vec![AlignedBuf::zeroed(start.len()).freeze()]).await?;
@@ -51,6 +43,48 @@ pub async fn create<E: Env>(
         file.write_at(offset, vec![encoded(&superblock)]).await?;
     }
     Ok(superblock.pool)
+}
+
+/// Refuses what [`create`] would refuse, but for a file to be created that exists. Writes nothing.
+///
+/// # Errors
+/// [`FormatPoolError`].
+pub async fn check<E: Env>(
+    env: &E,
+    path: &Path,
+    options: &FormatOptions,
+) -> Result<(), FormatPoolError> {
+    match options.create {
+        Some(size) => geometry_for(size).map(drop),
+        None => {
+            let file = env.open(path, OpenMode::Exclusive).await?;
+            inspect(&file, path, options).await.map(drop)
+        }
+    }
+}
+
+fn geometry_for(size: u64) -> Result<PoolGeometry, FormatPoolError> {
+    let least = PoolGeometry::BYTES_MIN;
+    PoolGeometry::for_size(size).ok_or(FormatPoolError::TooSmall { size, least })
+}
+
+/// The geometry for a file that may be formatted, and what stands at its start.
+async fn inspect<F: File>(
+    file: &F,
+    path: &Path,
+    options: &FormatOptions,
+) -> Result<(PoolGeometry, AlignedBuf), FormatPoolError> {
+    let geometry = geometry_for(file.size())?;
+    let (read, start) = file.read_at(0, AlignedBuf::zeroed(VOTE_SLOTS_OFFSET as usize)).await;
+    read?;
+    let path = || path.display().to_string();
+    if SUPERBLOCK_OFFSETS.iter().any(|&offset| was_superblock(&start[offset as usize..])) {
+        return Err(FormatPoolError::HoldsPool { path: path() });
+    }
+    if !options.overwrite_foreign && start.iter().any(|&byte| byte != 0) {
+        return Err(FormatPoolError::HoldsForeignData { path: path() });
+    }
+    Ok((geometry, start))
 }
 
 /// Whether a superblock stands here, or the remains of one.

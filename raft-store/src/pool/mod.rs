@@ -75,6 +75,19 @@ impl<E: Env> Pool<E> {
         crate::format::create::create(env, path, options).await
     }
 
+    /// Refuses what [`Pool::format`] would refuse, but for a file to be created that exists. Writes
+    /// nothing.
+    ///
+    /// # Errors
+    /// [`FormatPoolError`].
+    pub async fn check_format(
+        env: &E,
+        path: &Path,
+        options: &FormatOptions,
+    ) -> Result<(), FormatPoolError> {
+        crate::format::create::check(env, path, options).await
+    }
+
     /// Opens a pool, locks it, recovers every replica on it and raises its boot counter.
     ///
     /// # Errors
