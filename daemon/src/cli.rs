@@ -22,7 +22,8 @@ pub struct Cli {
 pub enum Command {
     /// Runs the storage node that a configuration file describes, until SIGTERM or SIGINT.
     Run(RunArguments),
-    /// Makes the pool of a new node. Never done by `run`; what ever was a pool is refused.
+    /// Makes the pools of a new node, all or none, or one of them. Never done by `run`; what ever
+    /// was a pool is refused.
     Format(FormatArguments),
     /// Runs a whole cluster on this machine for development: one process per node.
     #[command(after_help = DEV_HELP)]
@@ -54,9 +55,9 @@ pub struct Overrides {
     /// Instead of `node`: which of the nodes this one is.
     #[arg(long, value_name = "ID")]
     pub node: Option<u32>,
-    /// Instead of `pool`.
+    /// Instead of `pool` or `pools`; may be given more than once, in their order.
     #[arg(long, value_name = "PATH")]
-    pub pool: Option<PathBuf>,
+    pub pool: Vec<PathBuf>,
     /// Instead of `listen.peer`.
     #[arg(long, value_name = "IP:PORT")]
     pub peer_listen: Option<SocketAddr>,
@@ -83,13 +84,17 @@ pub struct FormatArguments {
     /// The configuration file of the node (TOML; docs/configuration.md).
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
-    /// Create the pool as a new file of this size (4GiB); without it, `pool` must exist.
+    /// Create each pool as a new file of this size (4GiB); without it, they must exist.
     #[arg(long, value_name = "SIZE")]
     pub create: Option<Size>,
     /// Destroy what an existing file or disk holds, unless it is a Ballast pool.
     #[arg(long, conflicts_with = "create")]
     pub overwrite_foreign: bool,
-    /// Make the pool that takes the place of one that was given up: the number that
+    /// Make only the pool of this shard, its place in `pools` counted from 0: a disk that was added,
+    /// or takes the place of one.
+    #[arg(long, value_name = "SHARD")]
+    pub shard: Option<u32>,
+    /// Make only shard 0's pool, in the place of one that was given up: the number that
     /// `ballastctl pool replace` has printed.
     #[arg(long, value_name = "NUMBER")]
     pub replacement: Option<u64>,
@@ -111,7 +116,10 @@ pub struct DevArguments {
     /// demo=1GiB when none is given.
     #[arg(long = "volume", value_name = "NAME=SIZE")]
     pub volumes: Vec<String>,
-    /// Size of each node's pool file, for a new cluster.
+    /// Pools of each node, with a shard (a thread) each; 1 for a new cluster when not given.
+    #[arg(long, value_name = "N")]
+    pub pools: Option<u32>,
+    /// Size of each pool file, for a new cluster.
     #[arg(long, value_name = "SIZE", default_value = "4GiB")]
     pub pool_size: Size,
     /// Start nodes that died again.

@@ -21,8 +21,10 @@ pub struct ConfigFile {
     pub cluster: ClusterId,
     /// This node, as in `nodes`.
     pub node: u32,
-    /// The pool: a disk, partition or file.
-    pub pool: PathBuf,
+    /// The pool, where the node has one: a disk, partition or file.
+    pub pool: Option<PathBuf>,
+    /// The pools, where it has several. Their places stay: each is a shard's.
+    pub pools: Option<Vec<PathBuf>>,
     /// All nodes of the cluster.
     pub nodes: Vec<NodeEntry>,
     /// Where to listen.
@@ -255,9 +257,25 @@ mod tests {
             + "\n[[nodes]]"
             + example().split_once("\n[[nodes]]").unwrap().1;
         let plain = crate::settings::Settings::check(toml::from_str(&minimal).unwrap()).unwrap();
-        assert_eq!(plain.node.raft, settings.node.raft);
-        assert_eq!(plain.node.retention_bytes, settings.node.retention_bytes);
-        assert_eq!(plain.node.leader_follows_writer, settings.node.leader_follows_writer);
+        let (plain, settings) = (plain.first(), settings.first());
+        assert_eq!(plain.raft, settings.raft);
+        assert_eq!(plain.retention_bytes, settings.retention_bytes);
+        assert_eq!(plain.leader_follows_writer, settings.leader_follows_writer);
+    }
+
+    #[test]
+    fn each_pool_is_the_one_of_a_shard() {
+        let pool = "pool = \"/dev/disk/by-id/nvme-example_0001\"";
+        let several = example().replacen(pool, "pools = [\"/dev/zero\", \"/dev/null\"]", 1);
+        for (text, pools) in [
+            (example(), &["/dev/disk/by-id/nvme-example_0001"][..]),
+            (several, &["/dev/zero", "/dev/null"]),
+        ] {
+            let file = toml::from_str(&text).unwrap();
+            let settings = crate::settings::Settings::check(file).unwrap();
+            let shards = settings.shards.iter();
+            assert!(shards.map(|shard| shard.pool.clone()).eq(pools.iter().map(PathBuf::from)));
+        }
     }
 
     #[test]
@@ -276,7 +294,9 @@ mod tests {
 
     #[test]
     fn settings_that_can_not_be_are_refused_by_name() {
+        const POOL: &str = "pool = \"/dev/disk/by-id/nvme-example_0001\"";
         let example = example();
+        let many = format!("pools = {:?}", (0..17).map(|n| n.to_string()).collect::<Vec<_>>());
         let check = |from: &str, to: &str| {
             assert!(example.contains(from), "{from}");
             match toml::from_str::<ConfigFile>(&example.replacen(from, to, 1)) {
@@ -290,7 +310,14 @@ mod tests {
             ("node = 1", "node = 9", "node is 9"),
             ("node = 1", "node = -1", "-1"),
             ("0f2b5c3e-7a4d", "x", "UUID"),
-            ("pool = \"/dev/disk/by-id/nvme-example_0001\"", "pool = \"\"", "pool"),
+            (POOL, "pool = \"\"", "pool"),
+            (POOL, "", "pool is missing"),
+            (POOL, "pools = []", "pools is empty"),
+            (POOL, "pools = [\"a\", \"\"]", "pools is empty"),
+            (POOL, "pools = [\"/dev/null\", \"/dev/../dev/null\"]", "/dev/../dev/null twice"),
+            (POOL, "pools = [\"/dev/none\", \"/dev/./none\"]", "/dev/./none twice"),
+            (POOL, "pool = \"a\"\npools = [\"a\", \"b\"]", "both"),
+            (POOL, &many, "17 entries"),
             ("id = 2", "id = 1", "twice"),
             ("id = 2", "id = 0", "0"),
             ("name = \"beta\"", "name = \"alpha\"", "twice"),

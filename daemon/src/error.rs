@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use ballast_node::node::StartNodeError;
 use thiserror::Error;
@@ -23,6 +24,9 @@ pub enum DaemonError {
     /// The node stopped by itself.
     #[error("{0}")]
     NodeEnded(String),
+    /// Shard 0 ended, and with it the node.
+    #[error(transparent)]
+    ShardEnded(#[from] Arc<DaemonError>),
     /// A listener of the daemon itself could not be opened.
     #[error("can't listen on {address} for {purpose}: {problem}")]
     Listen {
@@ -65,6 +69,7 @@ impl DaemonError {
             | DaemonError::StartNode(
                 StartNodeError::NodeNotListed(_) | StartNodeError::FoundersInvalid(_),
             ) => 2,
+            DaemonError::ShardEnded(error) => error.exit_code(),
             _ => 1,
         }
     }

@@ -108,15 +108,17 @@ async fn page(path: &str, access: &Access, metrics: &Metrics) -> Page {
     }
 }
 
-/// Alive: starting, or the shard answers.
-async fn healthy(access: &Access) -> Result<(), &'static str> {
-    if !access.is_serving() {
-        return Ok(());
-    }
-    match tokio::time::timeout(HEALTHY_MAX, access.shard.ask(async |_| ())).await {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(_)) => Err("the node has ended\n"),
-        Err(_) => Err("the shard does not answer\n"),
+/// Alive: every shard that serves answers. One that has ended is no reason to end the others.
+async fn healthy(access: &Access) -> Result<(), String> {
+    let serving = access.shards.iter().filter(|shard| shard.is_serving());
+    let answers = serving.map(async |shard| {
+        let answer = tokio::time::timeout(HEALTHY_MAX, shard.ask(async |_| ())).await;
+        answer.is_err().then(|| shard.id())
+    });
+    let silent = futures_util::future::join_all(answers).await;
+    match silent.into_iter().flatten().next() {
+        Some(shard) => Err(format!("{shard} does not answer\n")),
+        None => Ok(()),
     }
 }
 

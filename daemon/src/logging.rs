@@ -15,6 +15,8 @@ pub fn start(log: &Log) {
     let Ok(filter) = filter(&log.level) else { return };
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        // A shard's thread has its name.
+        .with_thread_names(true)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal());
     // An error means that something logs already.

@@ -3,6 +3,9 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use ballast_block::{NodeId, ShardId};
+use ballast_env::linux::LinuxEnv;
+use ballast_node::shards::{Place, places};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
@@ -12,7 +15,7 @@ use crate::cli::RunArguments;
 use crate::error::DaemonError;
 use crate::prometheus::Metrics;
 use crate::settings::Settings;
-use crate::shard::{self, ShardThread};
+use crate::shard::{self, Condition, Shard};
 use crate::{http, logging};
 
 /// Longest that a node may take to stop in order. Its log has everything: ending it hard loses
@@ -76,11 +79,11 @@ async fn run_node(settings: Settings, metrics: Metrics) -> Result<(), DaemonErro
     // Ports first: a node whose port is taken does not even open its pool.
     let grpc = listen("administration (listen.grpc)", settings.grpc).await?;
     let http = listen("metrics (listen.metrics)", settings.metrics).await?;
-    let node = settings.node.node;
-    let ShardThread { shard, started, mut failed, stop, mut ended, thread } =
-        shard::start(settings.node)?;
-    let (serving, is_serving) = watch::channel(false);
-    let access = Access { shard, node, serving: is_serving };
+    let node = settings.first().node;
+    let shards = start_shards(settings, &metrics)?;
+    let first = shards.first().expect("a node has a shard").clone();
+    let (stopping, is_stopping) = watch::channel(false);
+    let access = Access { shards: shards.clone().into(), node, stopping: is_stopping };
     metrics.keep_up();
     if let Some(listener) = http {
         tokio::spawn(http::serve(listener, access.clone(), metrics));
@@ -88,49 +91,71 @@ async fn run_node(settings: Settings, metrics: Metrics) -> Result<(), DaemonErro
     if let Some(listener) = grpc {
         tokio::spawn(admin::serve(listener, access));
     }
-    let mut started = std::pin::pin!(started);
-    let mut is_starting = true;
-    loop {
-        tokio::select! {
-            biased;
-            outcome = &mut started, if is_starting => {
-                is_starting = false;
-                // No answer: the shard's thread says why in `failed`, or is stopping.
-                if let Ok(outcome) = outcome {
-                    outcome?;
-                    serving.send_replace(true);
-                    tracing::info!(%node, "node serves");
-                }
-            }
-            reason = failed.wait_for(Option::is_some) => {
-                let reason = reason.ok().and_then(|reason| reason.clone());
-                let reason = reason.unwrap_or_else(|| "the shard ended".into());
-                return Err(DaemonError::NodeEnded(reason));
-            }
-            _ = &mut ended => {
-                return Err(DaemonError::NodeEnded("the shard's thread ended by itself".into()));
-            }
-            name = signals.next() => {
-                tracing::info!(%node, signal = name, "stopping");
-                break;
-            }
-        }
+    for shard in &shards {
+        tokio::spawn(tell(node, shard.clone()));
     }
-    serving.send_replace(false);
-    stop.send_replace(true);
     tokio::select! {
         biased;
-        _ = &mut ended => {}
-        () = tokio::time::sleep(STOP_MAX) => {
-            let seconds = STOP_MAX.as_secs();
-            return Err(DaemonError::NodeEnded(format!(
-                "the node did not stop within {seconds} s and was ended; nothing is lost"
-            )));
+        ended = first.end() => {
+            let silent = || DaemonError::NodeEnded("shard 0 ended by itself".into());
+            return Err(ended.map_or_else(silent, DaemonError::from));
         }
+        name = signals.next() => tracing::info!(%node, signal = name, "stopping"),
     }
-    drop(thread);
+    stopping.send_replace(true);
+    stop(&shards).await?;
     tracing::info!(%node, "stopped");
     Ok(())
+}
+
+/// One thread for each pool. They start side by side; further ones wait for shard 0 by themselves.
+fn start_shards(settings: Settings, metrics: &Metrics) -> Result<Vec<Shard>, DaemonError> {
+    let cluster = settings.first().cluster;
+    let places = places::<LinuxEnv>(cluster, settings.shards.len());
+    let start = |(config, place): (_, Place<LinuxEnv>)| {
+        let recorder = metrics.of_shard(place.shard());
+        shard::start(config, place, recorder)
+    };
+    settings.shards.into_iter().zip(places).map(start).collect()
+}
+
+/// Says in the log what becomes of a shard.
+async fn tell(node: NodeId, shard: Shard) {
+    let is_first = shard.id() == ShardId(0);
+    let id = shard.id();
+    match shard.wait_for(|now| !matches!(now, Condition::Starting)).await {
+        Some(Condition::Serving) if is_first => tracing::info!(%node, "node serves"),
+        Some(Condition::Serving) => tracing::info!(%node, shard = %id, "shard serves"),
+        _ => {}
+    }
+    if let Some(reason) = shard.end().await
+        && !is_first
+    {
+        tracing::error!(%node, shard = %id, %reason, "a shard has ended, and the node's other \
+            shards go on: see to its disk and restart the node, or give its pool up with \
+            `ballastctl pool replace`");
+    }
+}
+
+/// Shard 0 last: the others reach the cluster through it.
+async fn stop(shards: &[Shard]) -> Result<(), DaemonError> {
+    let (first, further) = shards.split_first().expect("a node has a shard");
+    let stopped = async {
+        further.iter().for_each(Shard::stop);
+        futures_util::future::join_all(further.iter().map(Shard::end)).await;
+        first.stop();
+        first.end().await
+    };
+    match tokio::time::timeout(STOP_MAX, stopped).await {
+        Ok(None) => Ok(()),
+        Ok(Some(error)) => Err(error.into()),
+        Err(_) => {
+            let seconds = STOP_MAX.as_secs();
+            Err(DaemonError::NodeEnded(format!(
+                "the node did not stop within {seconds} s and was ended; nothing is lost"
+            )))
+        }
+    }
 }
 
 async fn listen(

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ballast_block::limits::NODE_SHARDS_MAX;
 use ballast_block::{ClusterId, NodeId};
 use ballast_env::network::Address;
 use ballast_node::RaftSettings;
@@ -21,8 +22,8 @@ const ELECTION_MAX: Duration = Duration::from_secs(60);
 /// Everything a process needs to know to run a node.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// What the node itself needs.
-    pub node: NodeConfig,
+    /// What each shard of the node needs, shard 0 first; they differ in their pools.
+    pub shards: Vec<NodeConfig>,
     /// Where to listen for administration.
     pub grpc: Option<SocketAddr>,
     /// Where to listen for metrics and health.
@@ -56,7 +57,7 @@ impl Settings {
         if !file.nodes.iter().any(|node| node.id == file.node) {
             return setting("node", format!("is {}, which is not among `nodes`", file.node));
         }
-        check_pool(&file.pool)?;
+        let pools = pools(file.pool, file.pools)?;
         crate::logging::check_level(&file.log.level)
             .map_err(|problem| ConfigError::Setting { setting: "log.level", problem })?;
         let founders = file.nodes.iter().map(|node| Founder {
@@ -64,8 +65,8 @@ impl Settings {
             name: node.name.clone(),
             peer_address: Address::Tcp(node.peer),
         });
-        let mut node =
-            NodeConfig::new(file.cluster, NodeId(file.node), file.pool, founders.collect());
+        let (cluster, id) = (file.cluster, NodeId(file.node));
+        let mut node = NodeConfig::new(cluster, id, PathBuf::new(), founders.collect());
         node.peer_listen = file.listen.peer.map(Address::Tcp);
         node.nbd_listen = file.listen.nbd.into_iter().map(address).collect();
         node.raft = raft(&file.raft)?;
@@ -74,7 +75,13 @@ impl Settings {
             node.retention_bytes = check_retention(retention.0)?;
         }
         let (grpc, metrics) = (file.listen.grpc, file.listen.metrics);
-        Ok(Self { node, grpc, metrics, log: file.log })
+        let shard = |pool| NodeConfig { pool, ..node.clone() };
+        Ok(Self { shards: pools.into_iter().map(shard).collect(), grpc, metrics, log: file.log })
+    }
+
+    /// What shard 0 needs: what is not about pools is the whole node's.
+    pub fn first(&self) -> &NodeConfig {
+        self.shards.first().expect("a checked node has a pool")
     }
 }
 
@@ -85,8 +92,10 @@ fn setting<T>(setting: &'static str, problem: impl Into<String>) -> Result<T, Co
 /// Paths in the file are relative to its folder.
 fn place(file: &mut ConfigFile, path: &Path) {
     let folder = path.parent().unwrap_or(Path::new(""));
-    if file.pool != Path::new("") {
-        file.pool = folder.join(&file.pool);
+    for pool in file.pool.iter_mut().chain(file.pools.iter_mut().flatten()) {
+        if pool != Path::new("") {
+            *pool = folder.join(&*pool);
+        }
     }
     for listen in &mut file.listen.nbd {
         if let ListenAddress::Unix(socket) = listen {
@@ -100,8 +109,8 @@ fn apply(file: &mut ConfigFile, flags: &Overrides) {
     if let Some(node) = node {
         file.node = *node;
     }
-    if let Some(pool) = pool {
-        file.pool.clone_from(pool);
+    if !pool.is_empty() {
+        (file.pool, file.pools) = (None, Some(pool.clone()));
     }
     file.listen.peer = peer_listen.or(file.listen.peer);
     if !nbd_listen.is_empty() {
@@ -143,11 +152,42 @@ fn check_nodes(nodes: &[NodeEntry]) -> Result<(), ConfigError> {
     Ok(())
 }
 
-fn check_pool(pool: &Path) -> Result<(), ConfigError> {
-    if pool == Path::new("") {
-        return setting("pool", "is empty: name a disk, partition or file");
+/// The node's pools, shard 0's first.
+fn pools(one: Option<PathBuf>, several: Option<Vec<PathBuf>>) -> Result<Vec<PathBuf>, ConfigError> {
+    let (key, pools) = match (one, several) {
+        (Some(pool), None) => ("pool", vec![pool]),
+        (None, Some(pools)) => ("pools", pools),
+        (None, None) => {
+            return setting("pool", "is missing: name a disk, partition or file");
+        }
+        (Some(_), Some(_)) => {
+            return setting("pools", "and pool are both there: name all pools in `pools`");
+        }
+    };
+    if pools.is_empty() || pools.iter().any(|pool| pool == Path::new("")) {
+        return setting(key, "is empty: name a disk, partition or file");
     }
-    Ok(())
+    if pools.len() > NODE_SHARDS_MAX {
+        let count = pools.len();
+        return setting(key, format!("has {count} entries: a node has at most {NODE_SHARDS_MAX}"));
+    }
+    let mut seen = BTreeSet::new();
+    for pool in &pools {
+        if !seen.insert(real_path(pool)) {
+            let pool = pool.display();
+            return setting(key, format!("names {pool} twice: give each shard a disk of its own"));
+        }
+    }
+    Ok(pools)
+}
+
+/// Without links and detours, as far as it exists.
+fn real_path(path: &Path) -> PathBuf {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    path.canonicalize().unwrap_or_else(|_| {
+        let folder = path.parent().and_then(|folder| folder.canonicalize().ok());
+        folder.zip(path.file_name()).map_or_else(|| path.clone(), |(f, name)| f.join(name))
+    })
 }
 
 fn check_retention(bytes: u64) -> Result<u64, ConfigError> {

@@ -1,66 +1,127 @@
-//! The shard's thread, and how other threads ask its node something.
+//! The shards' threads, and how other threads ask their nodes something.
 //!
-//! The node lives on one thread and never leaves it: what others want of it travels there as a
-//! closure, and the answer comes back over a channel.
+//! A shard's node lives on one thread and never leaves it: what others want of it travels there as
+//! a closure, and the answer comes back over a channel. Shard 0's end is the end of the process;
+//! a further one ends alone.
 
 use std::future::Future;
-use std::thread::JoinHandle;
+use std::sync::Arc;
 
+use ballast_block::ShardId;
 use ballast_env::linux::{LinuxEnv, LinuxShard};
 use ballast_node::config::NodeConfig;
 use ballast_node::node::Node;
+use ballast_node::shards::Place;
 use futures_util::future::LocalBoxFuture;
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::error::DaemonError;
+use crate::prometheus::ShardRecorder;
 
-/// Questions that wait for the shard, at most: more callers wait in line.
+/// Questions that wait for a shard, at most: more callers wait in line.
 const JOBS_MAX: usize = 64;
 
-/// The node as the shard has it.
+/// A shard's node.
 pub type LinuxNode = Node<LinuxEnv>;
 
 type Job = Box<dyn FnOnce(LinuxNode) -> LocalBoxFuture<'static, ()> + Send>;
 
-/// The shard has ended, or its node is stopping.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[error("the node is stopping")]
-pub struct ShardEnded;
-
-/// How other threads reach the node. Clones share it.
-#[derive(Clone)]
-pub struct Shard {
-    jobs: mpsc::Sender<Job>,
+/// How a shard is.
+#[derive(Clone, Debug)]
+pub enum Condition {
+    /// Opening its pool, or waiting for shard 0.
+    Starting,
+    /// It answers.
+    Serving,
+    /// It was asked to stop and does.
+    Stopping,
+    /// It ended as it was asked to.
+    Stopped,
+    /// It could not start, or its pool failed.
+    Ended(Arc<DaemonError>),
 }
 
-/// A shard's thread.
-pub struct ShardThread {
-    /// To ask the node.
-    pub shard: Shard,
-    /// Resolves when the node serves, or says why it does not.
-    pub started: oneshot::Receiver<Result<(), DaemonError>>,
-    /// Becomes `Some` with the reason when the node must end.
-    pub failed: watch::Receiver<Option<String>>,
-    /// Set it to stop the node.
-    pub stop: watch::Sender<bool>,
-    /// Resolves when the thread is about to end.
-    pub ended: oneshot::Receiver<()>,
-    /// The thread.
-    pub thread: JoinHandle<()>,
+/// The shard does not serve.
+#[derive(Clone, Debug, Error)]
+pub enum ShardEnded {
+    /// Not yet.
+    #[error("{0} is starting")]
+    Starting(ShardId),
+    /// Not any more.
+    #[error("{0} is stopping")]
+    Stopping(ShardId),
+    /// It could not start, or its pool failed.
+    #[error("{0} has ended: {1}")]
+    Ended(ShardId, Arc<DaemonError>),
+}
+
+/// How other threads reach a shard. Clones share it.
+#[derive(Clone)]
+pub struct Shard {
+    id: ShardId,
+    jobs: mpsc::Sender<Job>,
+    condition: watch::Receiver<Condition>,
+    stop: watch::Sender<bool>,
 }
 
 impl Shard {
+    /// Which one it is.
+    pub fn id(&self) -> ShardId {
+        self.id
+    }
+
+    /// How it is now.
+    pub fn condition(&self) -> Condition {
+        self.condition.borrow().clone()
+    }
+
+    /// Whether it serves.
+    pub fn is_serving(&self) -> bool {
+        matches!(*self.condition.borrow(), Condition::Serving)
+    }
+
+    /// Waits until it is as wanted; `None` when it went without a word.
+    pub async fn wait_for(&self, wanted: impl Fn(&Condition) -> bool) -> Option<Condition> {
+        let mut condition = self.condition.clone();
+        let found = condition.wait_for(|now| wanted(now)).await;
+        found.ok().map(|condition| condition.clone())
+    }
+
+    /// Waits until it has ended, one way or the other; answers why, if not because it was asked to.
+    pub async fn end(&self) -> Option<Arc<DaemonError>> {
+        let ended = |now: &Condition| matches!(now, Condition::Ended(_) | Condition::Stopped);
+        match self.wait_for(ended).await {
+            Some(Condition::Ended(error)) => Some(error),
+            Some(_) => None,
+            None => {
+                let text = format!("the thread of {} ended by itself: see the log", self.id);
+                Some(Arc::new(DaemonError::NodeEnded(text)))
+            }
+        }
+    }
+
+    /// Asks it to stop in order; [`Shard::end`] waits for that.
+    pub fn stop(&self) {
+        self.stop.send_replace(true);
+    }
+
     /// Runs `question` on the shard's thread and brings back its answer.
     ///
     /// # Errors
-    /// [`ShardEnded`].
+    /// [`ShardEnded`]; while it starts, without waiting for it.
     pub async fn ask<T, F, Fut>(&self, question: F) -> Result<T, ShardEnded>
     where
         T: Send + 'static,
         F: FnOnce(LinuxNode) -> Fut + Send + 'static,
         Fut: Future<Output = T> + 'static,
     {
+        match self.condition() {
+            Condition::Starting => return Err(ShardEnded::Starting(self.id)),
+            Condition::Stopping | Condition::Stopped => return Err(ShardEnded::Stopping(self.id)),
+            Condition::Ended(error) => return Err(ShardEnded::Ended(self.id, error)),
+            Condition::Serving => {}
+        }
         let (reply, answer) = oneshot::channel();
         let job: Job = Box::new(move |node| {
             Box::pin(async move {
@@ -68,40 +129,69 @@ impl Shard {
                 let _ = reply.send(question(node).await);
             })
         });
-        self.jobs.send(job).await.map_err(|_| ShardEnded)?;
-        answer.await.map_err(|_| ShardEnded)
+        let answered = async {
+            self.jobs.send(job).await.ok()?;
+            answer.await.ok()
+        };
+        // A shard whose disk hangs may keep what it was asked for ever.
+        let ended = tokio::select! {
+            biased;
+            answer = answered => match answer {
+                Some(answer) => return Ok(answer),
+                None => None,
+            },
+            error = self.end() => error,
+        };
+        Err(match (ended, self.condition()) {
+            (Some(error), _) | (None, Condition::Ended(error)) => ShardEnded::Ended(self.id, error),
+            (None, _) => ShardEnded::Stopping(self.id),
+        })
     }
 }
 
-/// Starts the thread, which starts the node.
+/// Starts a shard's thread, which starts its node.
 ///
 /// # Errors
 /// When the system gives no thread.
-pub fn start(config: NodeConfig) -> Result<ShardThread, DaemonError> {
+pub fn start(
+    config: NodeConfig,
+    place: Place<LinuxEnv>,
+    recorder: ShardRecorder,
+) -> Result<Shard, DaemonError> {
+    let id = place.shard();
     let (jobs, queue) = mpsc::channel(JOBS_MAX);
-    let (tell_started, started) = oneshot::channel();
-    let (tell_failed, failed) = watch::channel(None);
+    let (tell, condition) = watch::channel(Condition::Starting);
     let (stop, stopping) = watch::channel(false);
-    let (tell_ended, ended) = oneshot::channel();
     let main = move || {
-        let no_shard = tell_failed.clone();
-        let life = Life { queue, tell_failed, stopping };
-        let ran = LinuxShard::run(|env| life.run(env, config, tell_started));
-        if let Err(error) = ran {
-            no_shard.send_replace(Some(format!("the shard can't be started: {error}")));
-        }
-        let _ = tell_ended.send(());
+        let _recorder = metrics::set_default_local_recorder(&recorder);
+        let life = Life { queue, tell: tell.clone(), stopping };
+        let ran = LinuxShard::run(|env| life.run(env, config, place));
+        let last = match ran {
+            Ok(Ok(())) => Condition::Stopped,
+            Ok(Err(error)) => Condition::Ended(Arc::new(error)),
+            Err(problem) => {
+                let error = DaemonError::System { action: "start a shard", problem };
+                Condition::Ended(Arc::new(error))
+            }
+        };
+        tell.send_if_modified(|now| {
+            let is_news = !matches!(now, Condition::Ended(_));
+            if is_news {
+                *now = last;
+            }
+            is_news
+        });
     };
-    let thread = std::thread::Builder::new()
-        .name("shard-0".into())
+    std::thread::Builder::new()
+        .name(id.to_string())
         .spawn(main)
-        .map_err(DaemonError::system("start the shard's thread"))?;
-    Ok(ShardThread { shard: Shard { jobs }, started, failed, stop, ended, thread })
+        .map_err(DaemonError::system("start a shard's thread"))?;
+    Ok(Shard { id, jobs, condition, stop })
 }
 
 struct Life {
     queue: mpsc::Receiver<Job>,
-    tell_failed: watch::Sender<Option<String>>,
+    tell: watch::Sender<Condition>,
     stopping: watch::Receiver<bool>,
 }
 
@@ -110,21 +200,14 @@ impl Life {
         mut self,
         env: LinuxEnv,
         config: NodeConfig,
-        tell_started: oneshot::Sender<Result<(), DaemonError>>,
-    ) {
+        place: Place<LinuxEnv>,
+    ) -> Result<(), DaemonError> {
         let node = tokio::select! {
             biased;
-            node = Node::start(env, config) => node,
-            _ = self.stopping.wait_for(|&stop| stop) => return,
+            node = Node::start_at(env, config, place) => node?,
+            _ = self.stopping.wait_for(|&stop| stop) => return Ok(()),
         };
-        let node = match node {
-            Ok(node) => node,
-            Err(error) => {
-                let _ = tell_started.send(Err(error.into()));
-                return;
-            }
-        };
-        let _ = tell_started.send(Ok(()));
+        self.tell.send_replace(Condition::Serving);
         let mut failure = node.failure();
         loop {
             tokio::select! {
@@ -136,10 +219,12 @@ impl Life {
                         Err(_) => "the pool was closed".to_owned(),
                     };
                     node.report_failure().await;
-                    self.tell_failed.send_replace(Some(reason));
+                    // Told before the thread ends: that may take as long as a failed disk does.
+                    let error = Arc::new(DaemonError::NodeEnded(reason));
+                    self.tell.send_replace(Condition::Ended(error));
                     // What its clients have in flight must end with errors of their connections,
                     // not with answers of a node that has lost its disk.
-                    return;
+                    return Ok(());
                 }
                 job = self.queue.recv() => match job {
                     Some(job) => drop(tokio::task::spawn_local(job(node.clone()))),
@@ -147,6 +232,9 @@ impl Life {
                 },
             }
         }
+        self.tell.send_replace(Condition::Stopping);
+        drop(self.queue);
         node.stop().await;
+        Ok(())
     }
 }

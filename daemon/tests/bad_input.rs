@@ -61,6 +61,8 @@ fn dev_refuses_before_it_writes() {
         (&["--volume", "x=12parsecs"], "12parsecs"),
         (&["--volume", "a/b=1GiB"], "a/b"),
         (&["--volume", "x=4097KB"], "4097KB"),
+        (&["--pools", "0"], "--pools 0"),
+        (&["--pools", "17"], "--pools 17"),
         (&["--pool-size", "1MiB"], "--pool-size"),
         (&["--log-level", "loud"], "loud"),
     ] {
@@ -104,6 +106,42 @@ fn only_an_empty_disk_is_formatted() {
     assert_eq!(copies.len(), 2);
     patch(&pool, copies[0], &[0; BLOCK]);
     assert_refused(&format(&["--overwrite-foreign"]), 1, "never formatted again");
+}
+
+#[test]
+fn several_pools_are_made_all_or_none() {
+    let scratch = Scratch::new("bad-pools");
+    let config = scratch.config("config.toml", 1, 1);
+    let text = fs::read_to_string(&config).unwrap();
+    let several = "pools = [\"a\", \"./b\", \"c\"]";
+    fs::write(&config, text.replace("pool = \"pool\"", several)).unwrap();
+    let exists = || ["a", "b", "c"].map(|name| scratch.0.join(name).exists());
+    let format = |more: &[&str]| ballastd(&[&["format", "--config", &config], more].concat());
+    let create = ["--create", "128MiB"];
+    let create_and = |more: [&str; 2]| format(&[&create[..], &more].concat());
+
+    assert_refused(&format(&[]), 1, "No such file");
+    assert_refused(&create_and(["--shard", "3"]), 2, "--shard 3");
+    let both = [&create[..], &["--shard", "1", "--replacement", "9"]].concat();
+    assert_refused(&format(&both), 2, "--replacement");
+    fs::write(scratch.0.join("c"), "dear").unwrap();
+    assert_refused(&format(&create), 1, "exists");
+    assert_eq!(exists(), [false, false, true], "nothing was made");
+    fs::remove_file(scratch.0.join("c")).unwrap();
+
+    let made = format(&create);
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let ids = String::from_utf8(made.stdout).unwrap();
+    assert_eq!((ids.lines().count(), exists()), (3, [true; 3]), "{ids:?}");
+    // Files that are there already: the last one is no empty one.
+    fs::write(scratch.0.join("a"), vec![0; 128 * MIB]).unwrap();
+    let before = checksum(&scratch.0.join("a"));
+    assert_refused(&format(&[]), 1, "never formatted again");
+    assert_eq!(checksum(&scratch.0.join("a")), before, "it was not touched");
+    fs::remove_file(scratch.0.join("b")).unwrap();
+    let made = create_and(["--shard", "1"]);
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    assert_eq!(made.stdout.len(), 37, "one id");
 }
 
 #[test]

@@ -166,10 +166,11 @@ fn one_node_is_a_cluster_with_pages_for_prometheus_and_probes() {
         assert!(documented.contains(&format!("`{name}`")), "{name} is not in docs/metrics.md");
     }
     for wanted in [
-        "ballast_volume_bytes_total{volume=\"demo\",operation=\"write\"} 1048576",
-        "ballast_raft_leader{volume=\"demo\"} 1",
-        "ballast_stage_seconds_count{stage=\"commit\"}",
-        "ballast_pool_writable 1",
+        "ballast_volume_bytes_total{volume=\"demo\",operation=\"write\",shard=\"0\"} 1048576",
+        "ballast_raft_leader{volume=\"demo\",shard=\"0\"} 1",
+        "ballast_stage_seconds_count{stage=\"commit\",shard=\"0\"}",
+        "ballast_pool_writable{shard=\"0\"} 1",
+        "ballast_shard_up{shard=\"0\"} 1",
     ] {
         assert!(page.contains(wanted), "no {wanted} in\n{page}");
     }

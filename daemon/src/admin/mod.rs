@@ -8,6 +8,7 @@ mod service;
 mod status;
 mod volumes;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use ballast_api::v1::admin_server::AdminServer;
@@ -28,21 +29,27 @@ const REQUEST_MAX: Duration = Duration::from_secs(45);
 /// How the listeners reach the node.
 #[derive(Clone)]
 pub struct Access {
-    /// The shard.
-    pub shard: Shard,
+    /// The shards of the node, by their numbers.
+    pub shards: Arc<[Shard]>,
     /// The node's id.
     pub node: NodeId,
-    /// Whether the node has started and is not stopping.
-    pub serving: watch::Receiver<bool>,
+    /// Whether the node was asked to stop.
+    pub stopping: watch::Receiver<bool>,
 }
 
 impl Access {
     /// Whether the node has started and is not stopping.
     pub fn is_serving(&self) -> bool {
-        *self.serving.borrow()
+        self.first().is_serving() && !*self.stopping.borrow()
     }
 
-    /// Whether the node serves what it has; or why not.
+    /// Shard 0, which has a part in the cluster group.
+    pub fn first(&self) -> &Shard {
+        self.shards.first().expect("a node has a shard")
+    }
+
+    /// Whether the node takes part in the cluster, which is what its shard 0 does; or why not.
+    /// Further shards come and go without it.
     ///
     /// # Errors
     /// Why not.
@@ -50,7 +57,7 @@ impl Access {
         if !self.is_serving() {
             return Err("the node is starting or stopping".into());
         }
-        let ready = self.shard.ask(async |node| (node.is_ready(), node.refused())).await;
+        let ready = self.first().ask(async |node| (node.is_ready(), node.refused())).await;
         match ready {
             Ok((true, _)) => Ok(()),
             Ok((false, Some(reason))) => Err(format!("this node is refused: {reason}")),

@@ -1,19 +1,27 @@
 //! The cluster as this node sees it at one moment, in the words of the administration interface.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use ballast_api::v1 as api;
-use ballast_block::{FamilyId, NodeId};
+use ballast_block::{FamilyId, NodeId, ShardId};
 use ballast_node::calls::{NodeReportV1, ReplicaReportV1};
 use ballast_node::cluster::{
     ClusterState, Node, NodeState, Pool, PoolState, Replica, ReplicaState, Volume, VolumePhase,
 };
 
-use crate::shard::LinuxNode;
+use super::Access;
+use crate::shard::{Condition, LinuxNode, ShardEnded};
 
 /// Entries that a replica may be behind its leader and still count as in sync: what is in flight
 /// under load.
 const IN_SYNC_ENTRIES: u64 = 256;
+
+/// Longest wait for what a further shard has heard: one that hangs must not hide the others.
+const FURTHER_MAX: Duration = Duration::from_secs(3);
+
+/// What the nodes that answered report of one of their shards.
+type Reports = BTreeMap<NodeId, NodeReportV1>;
 
 /// The cluster's state and what every node that answered reports of itself.
 pub struct Picture {
@@ -23,34 +31,82 @@ pub struct Picture {
     pub founders: usize,
     /// The state as applied here.
     pub state: ClusterState,
-    /// Why the cluster does not take the node that looks, for ever, if so.
-    pub refused: Option<String>,
-    /// What the nodes that answered report.
-    pub reports: BTreeMap<NodeId, NodeReportV1>,
+    /// Why the cluster does not take pools of the node that looks, for ever, by their shards.
+    pub refused: BTreeMap<ShardId, String>,
+    /// Why shards of the node that looks have ended.
+    pub ended: BTreeMap<ShardId, String>,
+    /// What the nodes that answered report, by shards. A shard hears of those with its number, so
+    /// the shards that the node that looks does not serve are not there.
+    pub reports: BTreeMap<ShardId, Reports>,
 }
 
 impl Picture {
     /// As it is now.
-    pub async fn take(node: LinuxNode) -> Self {
-        let reports = node.reports().await;
-        let state = node.cluster_state().clone();
-        let refused = node.refused();
-        Self { own: node.identity().node, founders: node.founders(), state, refused, reports }
+    ///
+    /// # Errors
+    /// [`ShardEnded`]: shard 0 does not serve.
+    pub async fn take(access: &Access) -> Result<Self, ShardEnded> {
+        let (first, further) = access.shards.split_first().expect("a node has a shard");
+        let heard = async |node: LinuxNode| (node.refused(), node.reports().await);
+        let looked = first.ask(async move |node: LinuxNode| {
+            let (refused, reports) = heard(node.clone()).await;
+            let state = node.cluster_state().clone();
+            (node.founders(), state, refused, reports)
+        });
+        let others = further.iter().map(async |shard| {
+            let asked = tokio::time::timeout(FURTHER_MAX, shard.ask(heard)).await;
+            Some((shard.id(), asked.ok()?.ok()?))
+        });
+        let others = futures_util::future::join_all(others);
+        let (looked, others) = futures_util::future::join(looked, others).await;
+        let (founders, state, refused, reports) = looked?;
+        let mut picture = Self {
+            own: access.node,
+            founders,
+            state,
+            refused: BTreeMap::new(),
+            ended: BTreeMap::new(),
+            reports: BTreeMap::new(),
+        };
+        let heard = [(first.id(), (refused, reports))].into_iter();
+        for (shard, (refused, reports)) in heard.chain(others.into_iter().flatten()) {
+            // A refused shard has no links: that it hears of nobody says nothing.
+            if refused.is_none() || shard == first.id() {
+                picture.reports.insert(shard, reports);
+            }
+            picture.refused.extend(refused.map(|reason| (shard, reason)));
+        }
+        for shard in further {
+            if let Condition::Ended(error) = shard.condition() {
+                picture.ended.insert(shard.id(), error.to_string());
+            }
+        }
+        Ok(picture)
+    }
+
+    /// What a node reports of its shard 0: it answers if the node does.
+    pub fn node_report(&self, node: NodeId) -> Option<&NodeReportV1> {
+        self.reports.get(&ShardId(0))?.get(&node)
+    }
+
+    /// What a node's shards report.
+    fn reports_of(&self, node: NodeId) -> impl Iterator<Item = &NodeReportV1> {
+        self.reports.values().filter_map(move |reports| reports.get(&node))
     }
 
     /// What a replica's own node says of it.
     pub fn report(&self, replica: &Replica) -> Option<&ReplicaReportV1> {
-        let report = self.reports.get(&replica.node)?;
-        report.replicas.iter().find(|live| live.replica == replica.id.0)
+        let mut replicas = self.reports_of(replica.node).flat_map(|report| &report.replicas);
+        replicas.find(|live| live.replica == replica.id.0)
     }
 
     /// The node that leads a family and what it says of its replica: of two that think so, the
     /// one in the newer term.
     pub fn leader(&self, family: FamilyId) -> Option<(NodeId, &ReplicaReportV1)> {
-        let all = self
-            .reports
-            .iter()
-            .flat_map(|(node, report)| report.replicas.iter().map(move |replica| (*node, replica)));
+        let all =
+            self.reports.values().flatten().flat_map(|(node, report)| {
+                report.replicas.iter().map(move |replica| (*node, replica))
+            });
         all.filter(|(_, replica)| replica.family == family.0 && replica.role == "leader")
             .max_by_key(|(_, replica)| replica.term)
     }
@@ -70,7 +126,7 @@ impl Picture {
 
     /// A volume's health.
     pub fn health(&self, volume: &Volume) -> api::VolumeHealth {
-        if volume.phase != VolumePhase::Ready {
+        if volume.phase != VolumePhase::Ready || !self.reports.contains_key(&volume.shard) {
             return api::VolumeHealth::Unspecified;
         }
         if self.leader(volume.family).is_none() {
@@ -101,6 +157,7 @@ impl Picture {
             created_at_ms: volume.created_at_ms,
             leader_node: self.leader(volume.family).map_or(0, |(node, _)| node.0),
             health: self.health(volume).into(),
+            shard: volume.shard.0,
         }
     }
 
@@ -157,15 +214,14 @@ impl Picture {
             NodeState::Registered => api::NodeState::Registered,
             NodeState::Active => api::NodeState::Active,
         };
-        let report = self.reports.get(&node.id);
-        let liveness = match report {
+        let liveness = match self.node_report(node.id) {
             Some(_) => api::NodeLiveness::Up,
             None => api::NodeLiveness::Down,
         };
         let kept = |replica: &&Replica| replica.state != ReplicaState::Removed;
         let leads = |replica: &ReplicaReportV1| replica.family != 0 && replica.role == "leader";
-        let leaders =
-            report.map_or(0, |report| report.replicas.iter().filter(|r| leads(r)).count());
+        let live = self.reports_of(node.id).flat_map(|report| &report.replicas);
+        let leaders = live.filter(|replica| leads(replica)).count();
         let working = self.state.pools_on(node.id).filter(|pool| pool.state == PoolState::Ok);
         let (capacity, used) = working.fold((0, 0), |(capacity, used), pool| {
             (capacity + pool.space.capacity_bytes, used + self.used_bytes(pool))
@@ -200,12 +256,14 @@ impl Picture {
             used_bytes: self.used_bytes(pool),
             replicas: count(replicas),
             boot_counter: pool.boot_counter,
+            shard: pool.shard.0,
         }
     }
 
     /// Whether a pool works: as its node says, or else as it said last.
     pub fn pool_state(&self, pool: &Pool) -> api::PoolState {
         let failed = self.live_pool(pool).is_some_and(|report| !report.pool_failure.is_empty());
+        let failed = failed || self.is_silent(pool);
         match pool.state {
             PoolState::Lost => api::PoolState::Lost,
             PoolState::Failed => api::PoolState::Failed,
@@ -224,11 +282,23 @@ impl Picture {
         self.live_pool(pool).map_or(pool.space.free_bytes(), |report| report.pool_free)
     }
 
-    /// A node has one pool that serves; its report is about that one.
+    /// Whether a pool's node answers, and its shard does not.
+    pub fn is_silent(&self, pool: &Pool) -> bool {
+        if pool.node == self.own && self.ended.contains_key(&pool.shard) {
+            return true;
+        }
+        let reports = self.reports.get(&pool.shard);
+        let is_silent = reports.is_some_and(|reports| !reports.contains_key(&pool.node));
+        is_silent && self.node_report(pool.node).is_some()
+    }
+
+    /// A node's shard has one pool that serves; its report is about that one.
     fn live_pool(&self, pool: &Pool) -> Option<&NodeReportV1> {
-        let serves = |other: &Pool| other.state != PoolState::Lost;
-        let only = self.state.pools_on(pool.node).filter(|other| serves(other)).count() == 1;
-        self.reports.get(&pool.node).filter(|_| only && serves(pool))
+        let serves = |other: &&Pool| other.state != PoolState::Lost;
+        let of_shard = self.state.pools_of(pool.node, pool.shard);
+        let only = of_shard.filter(serves).count() == 1;
+        let report = self.reports.get(&pool.shard)?.get(&pool.node);
+        report.filter(|_| only && serves(&pool))
     }
 }
 

@@ -14,7 +14,7 @@ use super::Access;
 use super::picture::Picture;
 use super::status::status;
 use super::volumes::{self, node_unknown, volume_unknown};
-use crate::shard::LinuxNode;
+use crate::shard::{LinuxNode, Shard, ShardEnded};
 
 /// The administration service of one node.
 pub struct Service {
@@ -32,13 +32,30 @@ impl Service {
         if !self.access.is_serving() {
             return Err(Status::unavailable("the node is starting or stopping: try again"));
         }
-        let answer = self.access.shard.ask(question).await;
-        answer.map_err(|ended| Status::unavailable(format!("{ended}: try another node")))
+        self.access.first().ask(question).await.map_err(unavailable)
+    }
+
+    /// The shard of this node that serves a volume's replicas.
+    async fn shard_of(&self, volume: &str) -> Result<&Shard, Status> {
+        let name = volume.to_owned();
+        let found = self.ask(async move |node| node.find_volume(&name)).await?;
+        let shard = found.map_err(volumes::status)?.shard;
+        self.access.shards.get(shard.0 as usize).ok_or_else(|| {
+            let node = self.access.node;
+            Status::unavailable(format!("{node} has no pool for {shard}: ask a node that has"))
+        })
     }
 
     async fn picture(&self) -> Result<Picture, Status> {
-        self.ask(Picture::take).await
+        if !self.access.is_serving() {
+            return Err(Status::unavailable("the node is starting or stopping: try again"));
+        }
+        Picture::take(&self.access).await.map_err(unavailable)
     }
+}
+
+fn unavailable(ended: ShardEnded) -> Status {
+    Status::unavailable(format!("{ended}: try another node"))
 }
 
 fn find_node(picture: &Picture, name_or_id: &str) -> Result<NodeId, Status> {
@@ -79,7 +96,7 @@ fn list_pools(
     };
     let wanted = picture.state.pools().filter(|pool| node.is_none_or(|node| node == pool.node));
     let mut pools: Vec<api::Pool> = wanted.map(|pool| picture.pool(pool)).collect();
-    pools.sort_by(|a, b| (a.node, &a.id).cmp(&(b.node, &b.id)));
+    pools.sort_by(|a, b| (a.node, a.shard, &a.id).cmp(&(b.node, b.shard, &b.id)));
     Ok(api::ListPoolsResponse { pools })
 }
 
@@ -87,10 +104,11 @@ async fn replace_pool(
     node: LinuxNode,
     request: api::ReplacePoolRequest,
 ) -> Result<api::ReplacePoolResponse, Status> {
-    let (of, pool) = {
+    let (of, pool, shard) = {
         let state = node.cluster_state();
         let of = state.find_node(&request.node).ok_or_else(|| node_unknown(&request.node))?.id;
-        (of, pool_to_replace(&state, of, &request.pool_id)?)
+        let pool = pool_to_replace(&state, of, &request.pool_id)?;
+        (of, pool, state.pool(pool).map_or(0, |pool| pool.shard.0))
     };
     let (replacement, without_number) = match node.replace_pool(of, pool).await {
         Ok(Replacement::Member(member)) => (member.0, false),
@@ -99,7 +117,7 @@ async fn replace_pool(
         Err(error) => return Err(volumes::status(error)),
     };
     let (pool_id, node) = (pool.to_string(), of.0);
-    Ok(api::ReplacePoolResponse { pool_id, node, replacement, without_number })
+    Ok(api::ReplacePoolResponse { pool_id, node, replacement, without_number, shard })
 }
 
 /// The pool of a node that was named, or its only one.
@@ -123,7 +141,10 @@ fn pool_to_replace(state: &ClusterState, of: NodeId, named: &str) -> Result<Pool
     match candidates.as_slice() {
         [only] => Ok(*only),
         _ => {
-            let text = format!("{of} has {} pools: name one", candidates.len());
+            let text = format!(
+                "{of} has {} pools: name one with --pool, see `ballastctl pool list`",
+                candidates.len()
+            );
             Err(Status::failed_precondition(text))
         }
     }
@@ -136,7 +157,9 @@ impl Admin for Service {
         request: Request<api::CreateVolumeRequest>,
     ) -> Result<Response<api::CreateVolumeResponse>, Status> {
         let request = request.into_inner();
-        self.ask(|node| volumes::create(node, request)).await?.map(Response::new)
+        let volume = self.ask(|node| volumes::create(node, request)).await??;
+        let volume = Some(self.picture().await?.volume(&volume));
+        Ok(Response::new(api::CreateVolumeResponse { volume }))
     }
 
     async fn get_volume(
@@ -172,7 +195,9 @@ impl Admin for Service {
         request: Request<api::ResizeVolumeRequest>,
     ) -> Result<Response<api::ResizeVolumeResponse>, Status> {
         let request = request.into_inner();
-        self.ask(|node| volumes::resize(node, request)).await?.map(Response::new)
+        let volume = self.ask(|node| volumes::resize(node, request)).await??;
+        let volume = Some(self.picture().await?.volume(&volume));
+        Ok(Response::new(api::ResizeVolumeResponse { volume }))
     }
 
     async fn move_leader(
@@ -180,7 +205,9 @@ impl Admin for Service {
         request: Request<api::MoveLeaderRequest>,
     ) -> Result<Response<api::MoveLeaderResponse>, Status> {
         let request = request.into_inner();
-        self.ask(|node| volumes::move_leader(node, request)).await?.map(Response::new)
+        let shard = self.shard_of(&request.volume).await?;
+        let moved = shard.ask(|node| volumes::move_leader(node, request)).await;
+        moved.map_err(unavailable)?.map(Response::new)
     }
 
     async fn list_replicas(
@@ -206,7 +233,9 @@ impl Admin for Service {
         let name = request.into_inner().node;
         let picture = self.picture().await?;
         let node = picture.state.find_node(&name).ok_or_else(|| node_unknown(&name))?;
-        let pools = picture.state.pools_on(node.id).map(|pool| picture.pool(pool)).collect();
+        let pools = picture.state.pools_on(node.id).map(|pool| picture.pool(pool));
+        let mut pools: Vec<api::Pool> = pools.collect();
+        pools.sort_by(|a, b| (a.shard, &a.id).cmp(&(b.shard, &b.id)));
         Ok(Response::new(api::GetNodeResponse { node: Some(picture.node(node)), pools }))
     }
 

@@ -1,8 +1,10 @@
 //! Whether the cluster is well, and if not, why.
 
+use std::collections::BTreeSet;
+
 use ballast_api::v1 as api;
-use ballast_block::FamilyId;
-use ballast_node::cluster::{Pool, PoolState, ReplicaState, VolumePhase};
+use ballast_block::{FamilyId, ShardId};
+use ballast_node::cluster::{Pool, PoolState, ReplicaState, Volume, VolumePhase};
 
 use super::picture::{Picture, count};
 
@@ -12,11 +14,7 @@ const NEARLY_FULL_ONE_IN: u64 = 8;
 /// The answer to `GetStatus`.
 pub fn status(picture: &Picture) -> api::GetStatusResponse {
     let mut reasons = Vec::new();
-    if let Some(refused) = &picture.refused {
-        let (object, message) =
-            (picture.own.to_string(), format!("this node is refused: {refused}"));
-        reasons.push(reason(api::ClusterHealth::Unavailable, "node-refused", &object, message));
-    }
+    own_shards(picture, &mut reasons);
     quorum(picture, &mut reasons);
     volumes(picture, &mut reasons);
     nodes(picture, &mut reasons);
@@ -48,8 +46,45 @@ fn reason(
     api::HealthReason { severity: severity.into(), code, object, message }
 }
 
+fn own_shards(picture: &Picture, reasons: &mut Vec<api::HealthReason>) {
+    let object = picture.own.to_string();
+    for (shard, why) in &picture.refused {
+        let (severity, code, message) = match *shard {
+            ShardId(0) => (
+                api::ClusterHealth::Unavailable,
+                "node-refused",
+                format!("this node is refused: {why}"),
+            ),
+            _ => (
+                api::ClusterHealth::Degraded,
+                "shard-refused",
+                format!("{shard} of this node is refused: {why}"),
+            ),
+        };
+        reasons.push(reason(severity, code, &object, message));
+    }
+    for (shard, why) in &picture.ended {
+        let message = format!(
+            "{shard} of this node has ended, its other shards go on: {why}. See to its disk and \
+             restart the node, or give its pool up: `ballastctl pool replace`"
+        );
+        reasons.push(reason(api::ClusterHealth::Degraded, "shard-ended", &object, message));
+    }
+    let unseen = |volume: &&Volume| !picture.reports.contains_key(&volume.shard);
+    let unseen: BTreeSet<_> =
+        picture.state.volumes().filter(unseen).map(|volume| volume.shard).collect();
+    for shard in unseen {
+        let count = picture.state.volumes().filter(|volume| volume.shard == shard).count();
+        let message = format!(
+            "this node does not serve {shard} and can't tell how its {count} volumes are: ask a \
+             node that does"
+        );
+        reasons.push(reason(api::ClusterHealth::Degraded, "shard-unseen", &object, message));
+    }
+}
+
 fn quorum(picture: &Picture, reasons: &mut Vec<api::HealthReason>) {
-    let answering = picture.reports.len();
+    let answering = picture.reports.get(&ShardId(0)).map_or(0, |reports| reports.len());
     let wanted = picture.founders / 2 + 1;
     if answering >= wanted && picture.leader(FamilyId::CLUSTER).is_some() {
         return;
@@ -88,7 +123,7 @@ fn volumes(picture: &Picture, reasons: &mut Vec<api::HealthReason>) {
 
 fn nodes(picture: &Picture, reasons: &mut Vec<api::HealthReason>) {
     for node in picture.state.nodes() {
-        if !picture.reports.contains_key(&node.id) {
+        if picture.node_report(node.id).is_none() {
             let message = format!(
                 "node {} does not answer at {}: start it, or check the network between",
                 node.name, node.peer_address
@@ -100,7 +135,7 @@ fn nodes(picture: &Picture, reasons: &mut Vec<api::HealthReason>) {
 
 fn pool(picture: &Picture, pool: &Pool, reasons: &mut Vec<api::HealthReason>) {
     let id = pool.id.to_string();
-    let on = pool.node;
+    let (on, shard) = (pool.node, pool.shard);
     let mut add = |code: &str, message: String| {
         reasons.push(reason(api::ClusterHealth::Degraded, code, &id, message));
     };
@@ -110,7 +145,7 @@ fn pool(picture: &Picture, pool: &Pool, reasons: &mut Vec<api::HealthReason>) {
                 r.pool == pool.id && r.state == ReplicaState::Lost
             };
             let serves = |other: &Pool| other.state != PoolState::Lost;
-            let remedy = match picture.state.pools_on(on).any(serves) {
+            let remedy = match picture.state.pools_of(on, pool.shard).any(serves) {
                 // It was replaced. What stays in it had no majority of replicas left.
                 true if !picture.state.replicas_on(on).any(|r| lost(&r)) => return,
                 true => "what stays lost in it can't be brought back: delete those volumes",
@@ -120,10 +155,17 @@ fn pool(picture: &Picture, pool: &Pool, reasons: &mut Vec<api::HealthReason>) {
             add("pool-lost", text);
             return;
         }
-        api::PoolState::Failed => add(
-            "pool-failed",
-            format!("pool {id} of {on} failed: check its disk, then restart the node"),
-        ),
+        api::PoolState::Failed => {
+            let what = match picture.is_silent(pool) {
+                true => "does not answer, and its node does",
+                false => "failed",
+            };
+            let text = format!(
+                "pool {id} ({shard}) of {on} {what}: check its disk and the node's log, then \
+                 restart the node; or give the pool up: `ballastctl pool replace`"
+            );
+            add("pool-failed", text);
+        }
         _ => {}
     }
     let free = picture.free_bytes(pool);
@@ -143,7 +185,7 @@ fn counts(picture: &Picture) -> api::Counts {
     let health = |wanted: api::VolumeHealth| {
         count(living().filter(|volume| picture.health(volume) == wanted).count())
     };
-    let up = state.nodes().filter(|node| picture.reports.contains_key(&node.id)).count();
+    let up = state.nodes().filter(|node| picture.node_report(node.id).is_some()).count();
     let working = || state.pools().filter(|pool| picture.pool_state(pool) == api::PoolState::Ok);
     let kept = state.replicas().filter(|replica| replica.state != ReplicaState::Removed);
     let known = state.pools().filter(|pool| pool.state != PoolState::Lost).count();

@@ -13,26 +13,21 @@ const REPLICAS_DEFAULT: u32 = 3;
 /// Volumes in one page of a list, at most: a message stays well under its limit.
 const PAGE_MAX: usize = 1000;
 
-/// Creates a volume.
+/// Creates a volume, on shard 0.
 ///
 /// # Errors
 /// As `admin.proto` says.
-pub async fn create(
-    node: LinuxNode,
-    request: api::CreateVolumeRequest,
-) -> Result<api::CreateVolumeResponse, Status> {
+pub async fn create(node: LinuxNode, request: api::CreateVolumeRequest) -> Result<Volume, Status> {
     let replicas = if request.replicas == 0 { REPLICAS_DEFAULT } else { request.replicas };
-    let volume = match node.create_volume(&request.name, request.size_bytes, replicas).await {
-        Ok(volume) => volume,
+    match node.create_volume(&request.name, request.size_bytes, replicas).await {
+        Ok(volume) => Ok(volume),
         // It is placed; that it can't be used yet is what its phase says.
-        Err(AdminError::NotReady(name)) => node.find_volume(&name).map_err(status)?,
-        Err(error) => return Err(status(error)),
-    };
-    let picture = Picture::take(node).await;
-    Ok(api::CreateVolumeResponse { volume: Some(picture.volume(&volume)) })
+        Err(AdminError::NotReady(name)) => node.find_volume(&name).map_err(status),
+        Err(error) => Err(status(error)),
+    }
 }
 
-/// Deletes a volume.
+/// Deletes a volume, on shard 0.
 ///
 /// # Errors
 /// As `admin.proto` says.
@@ -46,21 +41,15 @@ pub async fn delete(
     Ok(api::DeleteVolumeResponse { deleted })
 }
 
-/// Grows a volume.
+/// Grows a volume, on shard 0.
 ///
 /// # Errors
 /// As `admin.proto` says.
-pub async fn resize(
-    node: LinuxNode,
-    request: api::ResizeVolumeRequest,
-) -> Result<api::ResizeVolumeResponse, Status> {
-    let resized = node.resize_volume(&request.volume, request.size_bytes).await;
-    let volume = resized.map_err(status)?;
-    let picture = Picture::take(node).await;
-    Ok(api::ResizeVolumeResponse { volume: Some(picture.volume(&volume)) })
+pub async fn resize(node: LinuxNode, request: api::ResizeVolumeRequest) -> Result<Volume, Status> {
+    node.resize_volume(&request.volume, request.size_bytes).await.map_err(status)
 }
 
-/// Moves a volume's leader.
+/// Moves a volume's leader, on the volume's shard.
 ///
 /// # Errors
 /// As `admin.proto` says.

@@ -9,7 +9,8 @@ use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use ballast_block::ClusterId;
+use ballast_block::{ClusterId, ShardId};
+use ballast_node::config::NodeConfig;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::ports;
 use crate::cli::Overrides;
 use crate::error::DaemonError;
+use crate::format::Making;
 use crate::settings::Settings;
 use crate::size::Size;
 
@@ -29,6 +31,9 @@ pub struct Description {
     /// The cluster's id.
     #[serde(with = "crate::config::cluster_id")]
     pub cluster: ClusterId,
+    /// Pools of each node; left out where it is 1.
+    #[serde(skip_serializing_if = "is_one", default = "one")]
+    pub pools_per_node: u32,
     /// Its nodes, by id.
     pub nodes: Vec<NodeDescription>,
     /// Its volumes, as far as `ballastd dev` knows.
@@ -55,9 +60,35 @@ pub struct NodeDescription {
     pub metrics: String,
     /// Where the other nodes connect.
     pub peer: SocketAddr,
-    /// Its pool, once it was made: it is never made a second time.
+    /// Its first pool, once it was made: it is never made a second time.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub pool: Option<String>,
+    /// Its further pools, as far as they were made.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub further_pools: Vec<String>,
+}
+
+impl NodeDescription {
+    /// How many of its pools were made.
+    fn pools_made(&self) -> u32 {
+        u32::from(self.pool.is_some()) + self.further_pools.len() as u32
+    }
+
+    fn note_pool(&mut self, id: String) {
+        match self.pool {
+            None => self.pool = Some(id),
+            Some(_) => self.further_pools.push(id),
+        }
+    }
+}
+
+fn one() -> u32 {
+    1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
+fn is_one(number: &u32) -> bool {
+    *number == 1
 }
 
 /// A volume in `dev.json`.
@@ -127,7 +158,7 @@ impl Folder {
     ///
     /// # Errors
     /// [`DaemonError`].
-    pub fn create(path: &Path, nodes: u32) -> Result<Self, DaemonError> {
+    pub fn create(path: &Path, nodes: u32, pools: u32) -> Result<Self, DaemonError> {
         let cluster = ClusterId::from_random(random_bytes()?);
         fs::create_dir_all(path).map_err(DaemonError::file("make folder", path))?;
         let path = path.canonicalize().map_err(DaemonError::file("find", path))?;
@@ -150,9 +181,11 @@ impl Folder {
                 metrics: format!("http://{}/metrics", ports[2]),
                 peer: ports[3],
                 pool: None,
+                further_pools: Vec::new(),
             }
         });
-        let description = Description { cluster, nodes: nodes.collect(), volumes: Vec::new() };
+        let (nodes, volumes) = (nodes.collect(), Vec::new());
+        let description = Description { cluster, pools_per_node: pools, nodes, volumes };
         folder.write(&description)?;
         Ok(folder)
     }
@@ -172,20 +205,26 @@ impl Folder {
                 replace(&config, super::node::config_text(&description, node).as_bytes())?;
             }
         }
-        for node in description.nodes.iter().filter(|node| node.pool.is_none()) {
-            let pool = self.make_pool(node.id, pool_size)?;
-            self.change(|description| {
-                if let Some(known) = description.nodes.iter_mut().find(|n| n.id == node.id) {
-                    known.pool = Some(pool.clone());
-                }
-            })?;
+        for node in &description.nodes {
+            for shard in node.pools_made()..description.pools_per_node {
+                let pool = self.make_pool(node.id, ShardId(shard), pool_size)?;
+                self.change(|description| {
+                    if let Some(known) = description.nodes.iter_mut().find(|n| n.id == node.id) {
+                        known.note_pool(pool.clone());
+                    }
+                })?;
+            }
         }
         Ok(())
     }
 
-    fn make_pool(&self, id: u32, size: Size) -> Result<String, DaemonError> {
-        let mut settings = self.settings(id)?;
-        let path = settings.node.pool.clone();
+    fn make_pool(&self, id: u32, shard: ShardId, size: Size) -> Result<String, DaemonError> {
+        let shards = self.settings(id)?.shards;
+        let config = shards.get(shard.0 as usize).ok_or_else(|| {
+            let file = self.config_path(id);
+            DaemonError::Dev(format!("{} names no pool for {shard}", file.display()))
+        })?;
+        let path = config.pool.clone();
         if path.exists() {
             // Made, but the note of it was not: it was never used.
             return Ok("made before".to_owned());
@@ -198,8 +237,9 @@ impl Folder {
             }
             _ => {}
         }
-        settings.node.pool.clone_from(&draft);
-        let pool = crate::format::format(&settings.node, Some(size.0), false, None)?;
+        let making = Making { create: Some(size.0), ..Making::default() };
+        let at_draft = NodeConfig { pool: draft.clone(), ..config.clone() };
+        let pool = crate::format::format(&at_draft, shard, making)?;
         fs::rename(&draft, &path).map_err(DaemonError::file("rename", &draft))?;
         Ok(pool.to_string())
     }
@@ -337,7 +377,7 @@ mod tests {
         fs::write(path.join("letter"), "dear").unwrap();
         assert!(Folder::find(&path).unwrap_err().to_string().contains("letter"));
         fs::remove_file(path.join("letter")).unwrap();
-        let made = Folder::create(&path, 3).unwrap();
+        let made = Folder::create(&path, 3, 1).unwrap();
         let found = Folder::find(&path).unwrap().unwrap().read().unwrap();
         assert_eq!(found.cluster, made.read().unwrap().cluster);
         let first = made.lock_cluster().unwrap();

@@ -15,7 +15,11 @@ pub fn text(folder: &Folder, description: &Description) -> String {
     let data = folder.path().display();
     let count = description.nodes.len();
     let nodes = if count == 1 { "1 node".to_owned() } else { format!("{count} nodes") };
-    let mut text = format!("\nA cluster of {nodes} runs; {data} keeps it.\n\n");
+    let pools = match description.pools_per_node {
+        1 => String::new(),
+        pools => format!(" with {pools} pools each"),
+    };
+    let mut text = format!("\nA cluster of {nodes}{pools} runs; {data} keeps it.\n\n");
     for node in &description.nodes {
         let pid = node.pid.map_or("-".to_owned(), |pid| pid.to_string());
         text.push_str(&format!(

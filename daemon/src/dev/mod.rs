@@ -13,7 +13,7 @@ mod supervise;
 use std::str::FromStr;
 
 use ballast_block::BLOCK_SIZE;
-use ballast_block::limits::{POOL_SEGMENTS_MIN, SEGMENT_BYTES_MIN};
+use ballast_block::limits::{NODE_SHARDS_MAX, POOL_SEGMENTS_MIN, SEGMENT_BYTES_MIN};
 use ballast_node::cluster::{check_volume_name, check_volume_size};
 
 use crate::cli::DevArguments;
@@ -59,20 +59,28 @@ impl FromStr for WantedVolume {
 pub fn run(arguments: &DevArguments) -> Result<(), DaemonError> {
     let volumes = check(arguments)?;
     crate::logging::start(&Log { format: LogFormat::Text, level: "warn".into() });
-    let nodes = arguments.nodes;
+    let (nodes, pools) = (arguments.nodes, arguments.pools);
     let (folder, is_new) = match Folder::find(&arguments.data)? {
         Some(folder) => (folder, false),
-        None => (Folder::create(&arguments.data, nodes.unwrap_or(NODES_DEFAULT))?, true),
+        None => {
+            let (nodes, pools) = (nodes.unwrap_or(NODES_DEFAULT), pools.unwrap_or(1));
+            (Folder::create(&arguments.data, nodes, pools)?, true)
+        }
     };
-    let has = folder.read()?.nodes.len() as u32;
-    if let Some(nodes) = nodes
-        && nodes != has
+    let description = folder.read()?;
+    let has = description.nodes.len() as u32;
+    for (what, wanted, has) in
+        [("nodes", nodes, has), ("pools per node", pools, description.pools_per_node)]
     {
-        return Err(DaemonError::Usage(format!(
-            "{} holds a cluster of {has} nodes, not {nodes}: leave --nodes away, or use another \
-             folder",
-            arguments.data.display()
-        )));
+        if let Some(wanted) = wanted
+            && wanted != has
+        {
+            return Err(DaemonError::Usage(format!(
+                "{} holds a cluster of {has} {what}, not {wanted}: leave --nodes and --pools away, \
+                 or use another folder",
+                arguments.data.display()
+            )));
+        }
     }
     let _running = folder.lock_cluster()?;
     folder.complete(arguments.pool_size)?;
@@ -97,6 +105,10 @@ fn check(arguments: &DevArguments) -> Result<Vec<WantedVolume>, DaemonError> {
         && ![1, 3, 5].contains(&nodes)
     {
         return wrong(format!("--nodes {nodes}: a cluster has 1, 3 or 5 nodes"));
+    }
+    let most = NODE_SHARDS_MAX as u32;
+    if let Some(pools) = arguments.pools.filter(|pools| !(1..=most).contains(pools)) {
+        return wrong(format!("--pools {pools}: a node has 1 to {most} pools"));
     }
     let least = POOL_SEGMENTS_MIN * SEGMENT_BYTES_MIN;
     let pool = arguments.pool_size.0;

@@ -72,10 +72,11 @@ pub fn config_text(cluster: &Description, node: &NodeDescription) -> String {
     }
     let mut text = format!(
         "# Written by `ballastd dev`, once. Yours to change while the node is stopped.\n\
-         cluster = \"{}\"\nnode = {}\npool = \"pool\"\n\n\
+         cluster = \"{}\"\nnode = {}\n{}\n\n\
          [listen]\nnbd = [{}]\ngrpc = \"{}\"\nmetrics = \"{}\"\n",
         cluster.cluster,
         node.id,
+        pools_text(cluster.pools_per_node),
         nbd.join(", "),
         host(&node.grpc),
         host(&node.metrics),
@@ -87,4 +88,13 @@ pub fn config_text(cluster: &Description, node: &NodeDescription) -> String {
         ));
     }
     text
+}
+
+/// The line of the configuration that names the pools.
+fn pools_text(count: u32) -> String {
+    if count == 1 {
+        return "pool = \"pool\"".to_owned();
+    }
+    let further = (1..count).map(|shard| format!(", \"pool-{shard}\""));
+    format!("pools = [\"pool\"{}]", further.collect::<String>())
 }

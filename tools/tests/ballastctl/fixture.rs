@@ -172,6 +172,7 @@ impl World {
             family: volume.family.0,
             created_at_ms: volume.created_at_ms,
             leader_node: leader,
+            shard: volume.shard.0,
             ..Default::default()
         };
         shown.set_phase(match volume.phase {
@@ -250,6 +251,7 @@ impl World {
             used_bytes: pool.space.used_bytes,
             replicas: self.cluster.replicas().filter(|it| it.pool == pool.id).count() as u32,
             boot_counter: pool.boot_counter,
+            shard: pool.shard.0,
             ..Default::default()
         };
         shown.set_state(match pool.state {
@@ -456,8 +458,8 @@ impl Admin for Fixture {
         let pool = world.cluster.pools_on(node.id).next();
         let pool_id = pool.map(|pool| pool.id.to_string()).unwrap_or_default();
         let (node, replacement) = (node.id.0, 1007);
-        let without_number = false;
-        let answer = v1::ReplacePoolResponse { pool_id, node, replacement, without_number };
+        let (without_number, shard) = (false, 0);
+        let answer = v1::ReplacePoolResponse { pool_id, node, replacement, without_number, shard };
         Ok(Response::new(answer))
     }
 

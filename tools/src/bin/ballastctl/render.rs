@@ -68,16 +68,16 @@ impl Answer for LeaderMoved {
 
 impl Answer for PoolReplaced {
     fn text(&self) -> String {
-        let PoolReplaced { pool, node, replacement, without_number } = self;
+        let PoolReplaced { pool, node, shard, replacement, without_number } = self;
         let number = match replacement {
-            0 if *without_number => String::new(),
+            0 if *without_number => format!(" --shard {shard}"),
             0 => return format!("pool {pool} was replaced already\n"),
             _ => format!(" --replacement {replacement}"),
         };
         format!(
             "pool {pool} is given up. On node {node}, with the disk that is to take its place:\n  \
              ballastd format --config FILE{number}\n\
-             then start the node; its replicas are brought back from the other nodes.\n"
+             then restart the node; its replicas are brought back from the other nodes.\n"
         )
     }
 }
@@ -173,6 +173,7 @@ fn volume_fields(volume: &Volume) -> String {
         ("Health", volume.health.to_owned()),
         ("Leader", volume.leader_node.map_or("-".to_owned(), |node| format!("node {node}"))),
         ("Family", volume.family.to_string()),
+        ("Shard", volume.shard.to_string()),
         ("Created", show_time(volume.created_at_ms)),
     ])
 }
@@ -202,6 +203,7 @@ fn pool_table(pools: &[Pool]) -> String {
         [
             it.id.clone(),
             it.node.to_string(),
+            it.shard.to_string(),
             it.state.to_owned(),
             show_size(it.used_bytes),
             show_size(it.capacity_bytes),
@@ -210,7 +212,8 @@ fn pool_table(pools: &[Pool]) -> String {
             it.boot_counter.to_string(),
         ]
     };
-    let header = ["POOL", "NODE", "STATE", "USED", "CAPACITY", "USE", "REPLICAS", "STARTS"];
+    let header =
+        ["POOL", "NODE", "SHARD", "STATE", "USED", "CAPACITY", "USE", "REPLICAS", "STARTS"];
     table(header, &pools.iter().map(row).collect::<Vec<_>>())
 }
 
@@ -250,12 +253,12 @@ mod tests {
 
     #[test]
     fn a_given_up_pool_says_how_its_successor_is_made() {
-        let text = |replacement, without_number| {
+        let text = |shard, replacement, without_number| {
             let pool = "p".to_owned();
-            PoolReplaced { pool, node: 2, replacement, without_number }.text()
+            PoolReplaced { pool, node: 2, shard, replacement, without_number }.text()
         };
-        assert!(text(1007, false).contains("--config FILE --replacement 1007\n"));
-        assert!(text(0, true).contains("--config FILE\n"));
-        assert_eq!(text(0, false), "pool p was replaced already\n");
+        assert!(text(0, 1007, false).contains("--config FILE --replacement 1007\n"));
+        assert!(text(3, 0, true).contains("--config FILE --shard 3\n"));
+        assert_eq!(text(0, 0, false), "pool p was replaced already\n");
     }
 }

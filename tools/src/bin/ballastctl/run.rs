@@ -103,8 +103,9 @@ pub async fn run(cli: &Cli) -> Result<String, Failure> {
             let request = v1::ReplacePoolRequest { node: node.clone(), pool_id: pool.clone() };
             let it = client.replace_pool(request).await?;
             let (pool, node, replacement) = (it.pool_id, it.node, it.replacement);
-            let without_number = it.without_number;
-            Ok(show(cli, &view::PoolReplaced { pool, node, replacement, without_number }))
+            let (shard, without_number) = (it.shard, it.without_number);
+            let replaced = view::PoolReplaced { pool, node, shard, replacement, without_number };
+            Ok(show(cli, &replaced))
         }
         Command::Status => {
             let status = client.get_status(v1::GetStatusRequest {}).await?;

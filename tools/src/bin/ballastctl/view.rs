@@ -17,6 +17,7 @@ pub struct Volume {
     pub health: &'static str,
     pub leader_node: Option<u32>,
     pub family: u64,
+    pub shard: u32,
     pub created_at_ms: u64,
 }
 
@@ -59,6 +60,7 @@ pub struct Node {
 pub struct Pool {
     pub id: String,
     pub node: u32,
+    pub shard: u32,
     pub state: &'static str,
     pub capacity_bytes: u64,
     pub used_bytes: u64,
@@ -142,6 +144,7 @@ pub struct PoolReplaced {
     /// The pool that was given up.
     pub pool: String,
     pub node: u32,
+    pub shard: u32,
     /// 0 = replaced already, or a new one is made without a number.
     pub replacement: u64,
     /// A new one is to be made without a number.
@@ -190,6 +193,7 @@ impl From<v1::Volume> for Volume {
             size_bytes: it.size_bytes,
             replicas: it.replicas,
             family: it.family,
+            shard: it.shard,
             created_at_ms: it.created_at_ms,
         }
     }
@@ -270,6 +274,7 @@ impl From<v1::Pool> for Pool {
             state,
             id: it.id,
             node: it.node,
+            shard: it.shard,
             capacity_bytes: it.capacity_bytes,
             used_bytes: it.used_bytes,
             replicas: it.replicas,
