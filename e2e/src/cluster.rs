@@ -391,7 +391,12 @@ impl Drop for Cluster {
         // What stays of a failed test are its logs, not gigabytes; unless they are wanted.
         if std::env::var_os("BALLAST_E2E_KEEP").is_none() {
             for node in 1..=5 {
-                let _ = std::fs::remove_file(self.data().join(format!("node-{node}/pool")));
+                let folder = self.data().join(format!("node-{node}"));
+                for file in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+                    if file.file_name().to_string_lossy().starts_with("pool") {
+                        let _ = std::fs::remove_file(file.path());
+                    }
+                }
             }
         }
     }
