@@ -3,32 +3,36 @@
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
 use ballast_block::checksum::crc32;
 use ballast_block::geometry::BLOCK_SIZE_U64;
 use ballast_block::limits::{
-    APPEND_BYTES_MAX, FAMILY_INFLIGHT_BYTES_MAX, FAMILY_RETENTION_BYTES_MAX, LOG_CACHE_BYTES_MAX,
-    MAP_DELTA_BYTES_MAX, PEER_QUEUE_BYTES_MAX, TRANSFER_BYTES_MAX,
+    APPEND_BYTES_MAX, FAMILY_INFLIGHT_BYTES_MAX, LOG_CACHE_BYTES_MAX, MAP_DELTA_BYTES_MAX,
+    PEER_QUEUE_BYTES_MAX, TRANSFER_BYTES_MAX,
 };
-use ballast_block::{BlockRange, ClusterId, NodeId, ReplicaId};
+use ballast_block::{BlockRange, ClusterId, NodeId, ReplicaId, ShardId};
 use ballast_env::clock::Clock;
 use ballast_env::network::Address;
+use ballast_env::spawn::Spawn;
 use ballast_node::config::{Founder, NodeConfig};
 use ballast_node::node::{self, Node};
+use ballast_node::shards::{self, Place};
 use ballast_raft_store::replica::ReadContent;
 use ballast_volume::family::Family;
 use ballast_volume::state::ROOT_BRANCH;
+use tokio::task::LocalSet;
 
 use crate::env::SimEnv;
 use crate::machine::ip_of;
-use crate::rng::Rng;
 use crate::system::{ReplicaView, System, VolumeView};
 use crate::world::World;
 
-/// Path of a node's pool on its disk.
+pub use crate::sizes::Sizes;
+
+/// Path of a node's first pool: shard 0's.
 pub const POOL: &str = "/pool";
 const NBD_PORT: u16 = 10809;
 const PEER_PORT: u16 = 7700;
@@ -40,73 +44,6 @@ const RESTART_PAUSE: Duration = Duration::from_secs(1);
 /// library's pipeline, and two on their way through it.
 const UNFLUSHED_REQUESTS_MAX: usize = 66;
 
-/// Sizes of a simulated cluster.
-#[derive(Clone, Copy, Debug)]
-pub struct Sizes {
-    /// Storage nodes.
-    pub nodes: u32,
-    /// Bytes of each pool.
-    pub pool_bytes: u64,
-    /// Replicas of each volume: 1, 3 or 5, at most one per node.
-    pub replicas: u32,
-    /// Log kept per family, in bytes.
-    pub retention_bytes: u64,
-    /// Volumes.
-    pub volumes: usize,
-    /// Blocks of each volume.
-    pub volume_blocks: u64,
-}
-
-impl Default for Sizes {
-    fn default() -> Self {
-        Self {
-            nodes: 3,
-            pool_bytes: 1 << 30,
-            replicas: 3,
-            retention_bytes: FAMILY_RETENTION_BYTES_MAX,
-            volumes: 1,
-            volume_blocks: 1024,
-        }
-    }
-}
-
-impl Sizes {
-    /// What `seed` makes of it: mostly three nodes; pools from ones that hosts fill, or that must be
-    /// cleaned all the time, to ones that they never fill.
-    pub fn of(seed: u64) -> Self {
-        let rng = Rng::named(seed, "sizes", 0);
-        let (nodes, replicas) = *rng.pick(&[
-            (3, 3),
-            (3, 3),
-            (3, 3),
-            (3, 3),
-            (3, 3),
-            (3, 3),
-            (3, 3),
-            (3, 1),
-            (1, 1),
-            (5, 3),
-            (5, 5),
-        ]);
-        let mib = *rng.pick(&[1024, 1024, 256, 128, 96, 96]);
-        let small = mib <= 128;
-        Self {
-            nodes,
-            pool_bytes: mib << 20,
-            replicas,
-            retention_bytes: *rng.pick(&[FAMILY_RETENTION_BYTES_MAX, 8 << 20, 1 << 20]),
-            volumes: *rng.pick(&[1, 1, 1, 2, 3]),
-            // More than a small pool holds. With several replicas only where each pool has all: else a
-            // pool may have to hold what two others took meanwhile, each as much as it could.
-            volume_blocks: if small && rng.chance(300_000) && (replicas == 1 || replicas == nodes) {
-                16 << 10
-            } else {
-                1 << 10
-            },
-        }
-    }
-}
-
 /// The product.
 #[derive(Clone)]
 pub struct Ballast(Rc<Inner>);
@@ -114,11 +51,15 @@ pub struct Ballast(Rc<Inner>);
 struct Inner {
     sizes: Sizes,
     cluster: ClusterId,
-    running: RefCell<BTreeMap<NodeId, Node<SimEnv>>>,
-    /// Machines whose pool was made.
-    formatted: RefCell<BTreeSet<NodeId>>,
-    /// Members of the cluster group to make the next pools of nodes with.
+    running: RefCell<BTreeMap<(NodeId, ShardId), Node<SimEnv>>>,
+    /// Further shards that have ended in a process that goes on.
+    ended: RefCell<BTreeSet<(NodeId, ShardId)>>,
+    /// Pools that were made.
+    formatted: RefCell<BTreeSet<(NodeId, ShardId)>>,
+    /// Members of the cluster group to make the next first pools of nodes with.
     replacements: RefCell<BTreeMap<NodeId, ReplicaId>>,
+    /// Checkpoints that were asked for: the shards take turns.
+    checkpoints: Cell<u32>,
 }
 
 impl Ballast {
@@ -130,8 +71,10 @@ impl Ballast {
             sizes,
             cluster: ClusterId::from_random(id),
             running: RefCell::default(),
+            ended: RefCell::default(),
             formatted: RefCell::default(),
             replacements: RefCell::default(),
+            checkpoints: Cell::new(0),
         }))
     }
 
@@ -139,58 +82,123 @@ impl Ballast {
         (1..=self.0.sizes.nodes).map(NodeId)
     }
 
-    fn config(&self, id: NodeId) -> NodeConfig {
+    /// All shards of a node, 0 first.
+    pub fn shards(&self) -> impl Iterator<Item = ShardId> + use<> {
+        (0..self.0.sizes.shards).map(ShardId)
+    }
+
+    fn config(&self, id: NodeId, shard: ShardId) -> NodeConfig {
         let founder = |node: NodeId| Founder {
             node,
             name: format!("n{}", node.0),
             peer_address: Address::Tcp(SocketAddr::new(ip_of(node), PEER_PORT)),
         };
         let founders = self.nodes().map(founder).collect();
-        let mut config = NodeConfig::new(self.0.cluster, id, PathBuf::from(POOL), founders);
+        let mut config = NodeConfig::new(self.0.cluster, id, pool_of(shard), founders);
         config.nbd_listen = vec![self.nbd_address(id)];
         config.retention_bytes = self.0.sizes.retention_bytes;
         config
     }
 
-    /// The node that runs on machine `id` now, if it got that far.
+    /// The node that runs on machine `id` now, or its shard 0, if it got that far.
     pub fn running(&self, id: NodeId) -> Option<Node<SimEnv>> {
-        self.0.running.borrow().get(&id).cloned()
+        self.shard(id, ShardId(0))
     }
 
-    /// The volume's member on machine `id`, if its node got that far.
+    /// One shard of the node that runs on machine `id` now, if it got that far and has not ended.
+    pub fn shard(&self, id: NodeId, shard: ShardId) -> Option<Node<SimEnv>> {
+        self.0.running.borrow().get(&(id, shard)).cloned()
+    }
+
+    /// All shards that run on machine `id` now.
+    fn running_shards(&self, id: NodeId) -> Vec<Node<SimEnv>> {
+        self.shards().filter_map(|shard| self.shard(id, shard)).collect()
+    }
+
+    /// The shard of a volume, as machine `id` knows it.
+    pub fn shard_of(&self, id: NodeId, volume: usize) -> Option<ShardId> {
+        let node = self.running_shards(id).into_iter().next()?;
+        let shard = node.cluster_state().volume_by_name(&volume_name(volume))?.shard;
+        Some(shard)
+    }
+
+    /// The volume's member on machine `id`, if its shard got that far.
     pub fn member(&self, id: NodeId, volume: usize) -> Option<Family<SimEnv>> {
-        let node = self.running(id)?;
+        let node = self.shard(id, self.shard_of(id, volume)?)?;
         let family = node.cluster_state().volume_by_name(&volume_name(volume))?.family;
         node.family(family)
     }
 
     /// What ran on machine `id` is dead.
     pub fn forget_dead(&self, id: NodeId) {
-        self.0.running.borrow_mut().remove(&id);
+        self.0.running.borrow_mut().retain(|(node, _), _| *node != id);
+        self.0.ended.borrow_mut().retain(|(node, _)| *node != id);
     }
 
-    /// The machine got an empty disk: its next start formats it, with the member of the cluster
-    /// group that the cluster gave to the node's next pool.
-    pub fn reformat(&self, id: NodeId, replacement: ReplicaId) {
-        self.0.formatted.borrow_mut().remove(&id);
-        self.0.replacements.borrow_mut().insert(id, replacement);
+    /// The pool of a shard is gone from its machine, whose next start formats it anew; a first pool
+    /// with the member of the cluster group that the cluster gave to the node's next one.
+    pub fn reformat(&self, id: NodeId, shard: ShardId, replacement: Option<ReplicaId>) {
+        self.0.formatted.borrow_mut().remove(&(id, shard));
+        self.0.replacements.borrow_mut().extend(replacement.map(|member| (id, member)));
     }
 
-    /// Formats the pool at the machine's first start only: it is an act of an administrator.
+    /// Formats the pools at the machine's first start only: it is an act of an administrator.
     async fn format(&self, env: &SimEnv) {
         let id = env.node();
-        if self.0.formatted.borrow().contains(&id) {
-            return;
+        for shard in self.shards() {
+            if self.0.formatted.borrow().contains(&(id, shard)) {
+                continue;
+            }
+            let (config, bytes) = (self.config(id, shard), Some(self.0.sizes.pool_bytes));
+            let replacement = self.0.replacements.borrow().get(&id).copied();
+            let made = match shard {
+                ShardId(0) => node::format(env, &config, bytes, false, replacement).await,
+                _ => node::format_further(env, &config, bytes, false).await,
+            };
+            made.expect("an empty machine can be formatted");
+            self.0.formatted.borrow_mut().insert((id, shard));
         }
-        let replacement = self.0.replacements.borrow().get(&id).copied();
-        let bytes = Some(self.0.sizes.pool_bytes);
-        let made = node::format(env, &self.config(id), bytes, false, replacement).await;
-        made.expect("an empty machine can be formatted");
-        self.0.formatted.borrow_mut().insert(id);
+    }
+
+    /// A further shard: in the product a thread, which takes all its tasks along when it ends, and
+    /// is missing until the process is started again.
+    fn start_further(&self, env: SimEnv, place: Place<SimEnv>) {
+        let (this, key) = (self.clone(), (env.node(), place.shard()));
+        let ended = env.clone();
+        ended.spawn(async move {
+            let tasks = LocalSet::new();
+            tasks.run_until(this.further(&env, place)).await;
+            this.0.running.borrow_mut().remove(&key);
+            this.0.ended.borrow_mut().insert(key);
+        });
+    }
+
+    async fn further(&self, env: &SimEnv, place: Place<SimEnv>) {
+        let (id, shard) = (env.node(), place.shard());
+        let started = Node::start_at(env.clone(), self.config(id, shard), place).await;
+        let node = match started {
+            Ok(node) => node,
+            Err(error) => return env.world().note(format!("{id} {shard} can't start: {error}")),
+        };
+        env.world().note(format!("{id} {shard} started"));
+        self.0.running.borrow_mut().insert((id, shard), node.clone());
+        let mut failure = node.failure();
+        let failed = failure.wait_for(Option::is_some).await.map(|failure| format!("{failure:?}"));
+        env.world().note(format!("{id} {shard} ends: {failed:?}"));
+        node.report_failure().await;
     }
 }
 
-fn volume_name(index: usize) -> String {
+/// Path of a shard's pool.
+pub fn pool_of(shard: ShardId) -> PathBuf {
+    match shard.0 {
+        0 => PathBuf::from(POOL),
+        number => PathBuf::from(format!("{POOL}-{number}")),
+    }
+}
+
+/// The name of a volume, by its place in the system's list.
+pub fn volume_name(index: usize) -> String {
     format!("vol-{index}")
 }
 
@@ -199,7 +207,12 @@ impl System for Ballast {
         self.format(&env).await;
         let id = env.node();
         self.forget_dead(id);
-        let node = match Node::start(env.clone(), self.config(id)).await {
+        let mut places = shards::places(self.0.cluster, self.0.sizes.shards as usize);
+        for place in places.drain(1..) {
+            self.start_further(env.clone(), place);
+        }
+        let first = places.pop().expect("a node has a shard");
+        let node = match Node::start_at(env.clone(), self.config(id, ShardId(0)), first).await {
             Ok(node) => node,
             Err(error) => {
                 env.world().note(format!("{id} can't start: {error}"));
@@ -208,7 +221,7 @@ impl System for Ballast {
             }
         };
         env.world().note(format!("{id} started"));
-        self.0.running.borrow_mut().insert(id, node.clone());
+        self.0.running.borrow_mut().insert((id, ShardId(0)), node.clone());
         let mut failure = node.failure();
         let failed = failure.wait_for(Option::is_some).await.map(|failure| format!("{failure:?}"));
         env.world().note(format!("{id} ends: {failed:?}"));
@@ -218,7 +231,10 @@ impl System for Ballast {
     async fn prepare(&self, world: &World) {
         world.note(format!("{:?}", self.0.sizes));
         let first = NodeId(1);
-        let ready = |id| self.running(id).is_some_and(|node| node.is_ready());
+        let ready = |id| {
+            let is_ready = |shard| self.shard(id, shard).is_some_and(|node| node.is_ready());
+            self.shards().all(is_ready)
+        };
         while !self.nodes().all(ready) {
             world.sleep_ms(20).await;
         }
@@ -258,9 +274,17 @@ impl System for Ballast {
         64
     }
 
-    fn pool(&self) -> Option<PathBuf> {
+    fn pools(&self) -> Vec<PathBuf> {
+        self.shards().map(pool_of).collect()
+    }
+
+    fn survives_rot(&self) -> bool {
         // What a single replica has lost nobody can repair.
-        (self.0.sizes.replicas > 1).then(|| Path::new(POOL).to_owned())
+        self.0.sizes.replicas > 1
+    }
+
+    fn wants_restart(&self, id: NodeId) -> bool {
+        self.0.ended.borrow().iter().any(|(node, _)| *node == id)
     }
 
     async fn replicas(&self, world: &World, id: NodeId) -> Vec<ReplicaView> {
@@ -295,7 +319,8 @@ impl System for Ballast {
     }
 
     fn checkpoint(&self, world: &World, id: NodeId, done: impl FnOnce() + 'static) {
-        let Some(node) = self.running(id) else { return };
+        let asked = self.0.checkpoints.replace(self.0.checkpoints.get() + 1);
+        let Some(node) = self.shard(id, ShardId(asked % self.0.sizes.shards)) else { return };
         let machine = world.machine(id).expect("a node");
         let world = world.clone();
         machine.inject(async move {
@@ -308,40 +333,47 @@ impl System for Ballast {
     }
 
     fn damage(&self, id: NodeId) -> Option<String> {
-        let node = self.running(id)?;
-        let (stats, recovery) = (node.pool().stats(), node.recovery());
-        let whole = stats.damaged_blocks == 0 && stats.suspects == 0;
-        let found = || {
-            let (blocks, suspects) = (stats.damaged_blocks, stats.suspects);
-            format!("{blocks} damaged blocks, {suspects} suspect replicas, {recovery:?}")
-        };
-        (!whole || recovery.damaged_entries > 0 || !recovery.suspects.is_empty()).then(found)
+        self.running_shards(id).iter().find_map(damage_on)
     }
 
     fn over_limit(&self, id: NodeId, calm: bool) -> Option<String> {
-        let node = self.running(id)?;
-        let stats = node.pool().stats();
-        let families = self.0.sizes.volumes as u64 + 1;
-        // What may be proposed while the log is being trimmed comes on top.
-        let retained = families * (self.0.sizes.retention_bytes + FAMILY_INFLIGHT_BYTES_MAX as u64);
-        let pending = families as usize * (UNFLUSHED_REQUESTS_MAX * APPEND_BYTES_MAX);
-        let bounds = [
-            ("changes of maps", stats.map_delta_bytes, MAP_DELTA_BYTES_MAX + TRANSFER_BYTES_MAX),
-            ("log cache", stats.cache_bytes, LOG_CACHE_BYTES_MAX + TRANSFER_BYTES_MAX),
-            ("queue to a peer", node.peer_queue_bytes(), PEER_QUEUE_BYTES_MAX),
-            ("not yet durable", stats.pending_bytes, pending),
-        ];
-        let over = |name, bytes, limit| format!("{name}: {bytes} bytes, limit {limit}");
-        for (name, bytes, limit) in bounds {
-            if bytes > limit as u64 {
-                return Some(over(name, bytes, limit as u64));
-            }
-        }
-        if calm && stats.retained_bytes > retained {
-            return Some(over("retained log", stats.retained_bytes, retained));
-        }
-        (stats.segments_free == 0).then(|| "all segments are in use, the reserves too".to_owned())
+        self.running_shards(id).iter().find_map(|node| over_limit_on(node, self.0.sizes, calm))
     }
+}
+
+fn damage_on(node: &Node<SimEnv>) -> Option<String> {
+    let (stats, recovery) = (node.pool().stats(), node.recovery());
+    let whole = stats.damaged_blocks == 0 && stats.suspects == 0;
+    let found = || {
+        let (shard, blocks, suspects) = (node.shard(), stats.damaged_blocks, stats.suspects);
+        format!("{shard}: {blocks} damaged blocks, {suspects} suspect replicas, {recovery:?}")
+    };
+    (!whole || recovery.damaged_entries > 0 || !recovery.suspects.is_empty()).then(found)
+}
+
+fn over_limit_on(node: &Node<SimEnv>, sizes: Sizes, calm: bool) -> Option<String> {
+    let stats = node.pool().stats();
+    let families = sizes.volumes as u64 + 1;
+    // What may be proposed while the log is being trimmed comes on top.
+    let retained = families * (sizes.retention_bytes + FAMILY_INFLIGHT_BYTES_MAX as u64);
+    let pending = families as usize * (UNFLUSHED_REQUESTS_MAX * APPEND_BYTES_MAX);
+    let bounds = [
+        ("changes of maps", stats.map_delta_bytes, MAP_DELTA_BYTES_MAX + TRANSFER_BYTES_MAX),
+        ("log cache", stats.cache_bytes, LOG_CACHE_BYTES_MAX + TRANSFER_BYTES_MAX),
+        ("queue to a peer", node.peer_queue_bytes(), PEER_QUEUE_BYTES_MAX),
+        ("not yet durable", stats.pending_bytes, pending),
+    ];
+    let shard = node.shard();
+    let over = |name, bytes, limit| format!("{shard}: {name}: {bytes} bytes, limit {limit}");
+    for (name, bytes, limit) in bounds {
+        if bytes > limit as u64 {
+            return Some(over(name, bytes, limit as u64));
+        }
+    }
+    if calm && stats.retained_bytes > retained {
+        return Some(over("retained log", stats.retained_bytes, retained));
+    }
+    (stats.segments_free == 0).then(|| format!("{shard}: all segments are in use, reserves too"))
 }
 
 impl Ballast {

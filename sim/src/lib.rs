@@ -16,6 +16,7 @@ mod panics;
 pub mod plan;
 pub mod rng;
 pub mod scene;
+mod sizes;
 pub mod system;
 pub mod toy;
 pub mod trace;

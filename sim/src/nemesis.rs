@@ -73,6 +73,12 @@ pub enum Fault {
 /// itself is up before.
 const DOWN_MS_MAX: u64 = 31_000;
 
+/// How long a process of which a part has ended is left alone, in milliseconds: a while in which
+/// that part is missed.
+const MAIMED_MS_MAX: u64 = 20_000;
+/// The same when there are no more faults.
+const MAIMED_CALM_MS: u64 = 2_000;
+
 /// All kinds of faults.
 const FAULTS: [Fault; 19] = [
     Fault::Kill,
@@ -134,6 +140,8 @@ pub struct Nemesis<S> {
     hosts: Vec<NodeId>,
     faults: Faults,
     rng: Rng,
+    /// For nodes with several pools only.
+    pool_rng: Rng,
     /// The one node of the run whose disk may rot.
     rotten: NodeId,
     /// Whether it did.
@@ -156,8 +164,20 @@ impl<S: System> Nemesis<S> {
     ) -> Self {
         let rng = world.rng("nemesis", 0);
         let rotten = *rng.pick(&nodes);
-        let (has_rotted, calm, made) = (Cell::new(false), Rc::default(), Cell::new(0));
-        Self { system, world, nodes, hosts, faults, rng, rotten, has_rotted, calm, made, answered }
+        Self {
+            system,
+            pool_rng: world.rng("pools", 0),
+            world,
+            nodes,
+            hosts,
+            faults,
+            rng,
+            rotten,
+            has_rotted: Cell::new(false),
+            calm: Rc::default(),
+            made: Cell::new(0),
+            answered,
+        }
     }
 
     /// Makes faults until [`Nemesis::mend`] is called.
@@ -215,17 +235,17 @@ impl<S: System> Nemesis<S> {
             Fault::ResetConnections => {
                 self.world.net().reset_between(&self.world, node, self.other(node));
             }
-            Fault::StallDisk => machine.disk().stall_until(self.world.now_ms() + duration),
-            Fault::SlowDisk => {
-                let latency_max_ms = self.rng.between(5, 200);
-                machine.disk().set_faults(DiskFaults { latency_max_ms, ..Default::default() });
-                self.world
-                    .after_ms(duration, move |_| machine.disk().set_faults(Default::default()));
+            Fault::StallDisk => {
+                let until = self.world.now_ms() + duration;
+                match self.one_pool() {
+                    Some(pool) => machine.disk().stall_file_until(&pool, until),
+                    None => machine.disk().stall_until(until),
+                }
             }
             Fault::Rot => self.rot(),
             Fault::Checkpoint => self.system.checkpoint(&self.world, node, || {}),
             Fault::CheckpointAndCrash => self.crash_after_checkpoint(node),
-            Fault::SlowWrites | Fault::FailWrites | Fault::ReadErrors => {
+            Fault::SlowDisk | Fault::SlowWrites | Fault::FailWrites | Fault::ReadErrors => {
                 self.harm_disk(fault, node, duration);
             }
             Fault::IsolateFromNodes => {
@@ -248,12 +268,20 @@ impl<S: System> Nemesis<S> {
         }
     }
 
-    /// Makes a disk slow for a few operations, or fail.
+    /// The one of a node's pools that a fault is to hit; `None`: all of them.
+    fn one_pool(&self) -> Option<PathBuf> {
+        let pools = self.system.pools();
+        let one = pools.len() > 1 && self.pool_rng.chance(600_000);
+        one.then(|| self.pool_rng.pick(&pools).clone())
+    }
+
+    /// Makes a disk slow, for all or for a few operations, or fail.
     fn harm_disk(&self, fault: Fault, node: NodeId, duration: u64) {
-        let mut faults = DiskFaults::default();
+        let mut faults = DiskFaults { only: self.one_pool(), ..DiskFaults::default() };
         let mut node = node;
         let mut duration = duration;
         match fault {
+            Fault::SlowDisk => faults.latency_max_ms = self.rng.between(5, 200),
             Fault::SlowWrites => {
                 faults.tail_rate = self.rng.between(10_000, 300_000);
                 faults.tail_ms = *self.rng.pick(&[30, 300, 3_000]);
@@ -263,7 +291,7 @@ impl<S: System> Nemesis<S> {
                 duration = duration.min(500);
             }
             // A read that fails is damage to the node: only one may have any.
-            _ if self.system.pool().is_none() => return,
+            _ if !self.system.survives_rot() => return,
             _ => {
                 node = self.rotten;
                 self.has_rotted.set(true);
@@ -281,7 +309,8 @@ impl<S: System> Nemesis<S> {
         let disk = self.world.disk(node);
         if self.rng.chance(700_000) {
             let (tail_rate, tail_ms) = (self.rng.between(50_000, 300_000), 3_000);
-            disk.set_faults(DiskFaults { tail_rate, tail_ms, ..Default::default() });
+            let only = self.one_pool();
+            disk.set_faults(DiskFaults { tail_rate, tail_ms, only, ..Default::default() });
         }
         let (system, calm) = (self.system.clone(), self.calm.clone());
         self.world.after_ms(self.rng.between(1, 300), move |world| {
@@ -322,10 +351,16 @@ impl<S: System> Nemesis<S> {
     /// died so late that nothing else will start it.
     pub async fn supervise(&self) {
         let mut down = vec![0_u64; self.nodes.len()];
+        let mut maimed = vec![Maimed::default(); self.nodes.len()];
         loop {
             self.world.sleep_ms(500).await;
-            for (node, down) in self.nodes.iter().zip(&mut down) {
+            for ((node, down), maimed) in self.nodes.iter().zip(&mut down).zip(&mut maimed) {
                 let Some(machine) = self.world.machine(*node) else { continue };
+                let is_maimed = machine.is_running() && self.system.wants_restart(*node);
+                if maimed.is_due(is_maimed, self.calm.get()) {
+                    machine.crash(Crash::Kill);
+                    start_if_down(&self.system, &self.world, *node);
+                }
                 *down = if machine.is_running() { 0 } else { *down + 500 };
                 let forgotten = *down > DOWN_MS_MAX && !self.calm.get();
                 if machine.has_exited() || forgotten {
@@ -384,7 +419,11 @@ impl<S: System> Nemesis<S> {
     }
 
     fn rot(&self) {
-        let Some(pool): Option<PathBuf> = self.system.pool() else { return };
+        if !self.system.survives_rot() {
+            return;
+        }
+        let pools = self.system.pools();
+        let Some(pool) = self.one_pool().or_else(|| pools.first().cloned()) else { return };
         let disk = self.world.disk(self.rotten);
         let hit = disk.rot_any(&pool);
         self.has_rotted.set(self.has_rotted.get() || hit.is_some());
@@ -418,6 +457,28 @@ impl<S: System> Nemesis<S> {
         for node in &self.nodes {
             start_if_down(&self.system, &self.world, *node);
         }
+    }
+}
+
+/// A process of which a part has ended: somebody looks after it and restarts it some time.
+#[derive(Clone, Default)]
+struct Maimed {
+    for_ms: u64,
+    restarted_in_calm: bool,
+}
+
+impl Maimed {
+    /// Whether to restart it now; asked twice a second.
+    fn is_due(&mut self, wants: bool, calm: bool) -> bool {
+        self.for_ms = if wants { self.for_ms + 500 } else { 0 };
+        let limit = if calm { MAIMED_CALM_MS } else { MAIMED_MS_MAX };
+        // Without faults once is enough: what ends again then, rotten, would end each time.
+        let due = self.for_ms > limit && !(calm && self.restarted_in_calm);
+        if due {
+            self.for_ms = 0;
+            self.restarted_in_calm |= calm;
+        }
+        due
     }
 }
 

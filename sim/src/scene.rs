@@ -3,32 +3,32 @@
 //! Owns the cluster's life and the oracle that judges what the hosts see; faults are the script's,
 //! which makes them by the world. Never part of a seed's random run.
 
+mod host;
+
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::panic::AssertUnwindSafe;
 use std::rc::Rc;
 
-use ballast_block::geometry::BLOCK_SIZE_U64;
-use ballast_block::{BlockRange, NodeId};
+use ballast_block::{NodeId, PoolId, ReplicaId, ShardId};
 use ballast_env::planted::PlantedBug;
+use ballast_node::admin::Replacement;
 use ballast_node::node::Node;
 use ballast_volume::family::Family;
 use futures_util::FutureExt;
+use openraft::async_runtime::WatchReceiver;
 
-use crate::ballast::{Ballast, Sizes};
+use crate::ballast::{Ballast, Sizes, pool_of, volume_name};
 use crate::env::SimEnv;
 use crate::env::disk::DiskFaults;
 use crate::env::network::Link;
-use crate::host::nbd::{Command, NbdClient, NbdError};
 use crate::machine::{Machine, MachineOptions};
 use crate::nemesis::start_if_down;
-use crate::oracle::{Oracle, Outcome, Value, Violation, stamp};
-use crate::system::System;
+use crate::oracle::{Oracle, Violation};
+use crate::system::{System, VolumeView};
 use crate::world::{World, run};
 
-/// The volume that scripts use: the first one.
-const VOLUME: u64 = 0;
-const EXPORT: &str = "vol-0";
+pub use crate::scene::host::ScriptHost;
 
 /// First machine number of hosts.
 const HOSTS: u32 = 1_000;
@@ -84,6 +84,8 @@ pub struct Scene {
     pub ballast: Ballast,
     judge: Rc<Judge>,
     hosts: Cell<u32>,
+    /// The volume that the script is about: the first one, unless it chose another.
+    volume: Cell<u64>,
 }
 
 #[derive(Default)]
@@ -109,7 +111,20 @@ impl Scene {
             start_if_down(&ballast, &world, node);
         }
         ballast.prepare(&world).await;
-        Self { world, ballast, judge: Rc::default(), hosts: Cell::new(HOSTS) }
+        let (hosts, volume) = (Cell::new(HOSTS), Cell::new(0));
+        Self { world, ballast, judge: Rc::default(), hosts, volume }
+    }
+
+    /// From now on all is about a volume on that shard: hosts that are made, members, leaders.
+    pub fn use_shard(&self, shard: ShardId) {
+        let on_shard = |volume: &usize| self.ballast.shard_of(NodeId(1), *volume) == Some(shard);
+        let found = (0..self.ballast.volumes().len()).find(on_shard);
+        self.volume.set(found.expect("each shard has a volume") as u64);
+    }
+
+    /// The volume that all is about now.
+    pub fn volume(&self) -> usize {
+        self.volume.get() as usize
     }
 
     /// All nodes.
@@ -122,15 +137,26 @@ impl Scene {
         self.ballast.running(id).expect("the node is up")
     }
 
-    /// Whether the node says that it serves.
-    pub fn is_ready(&self, id: NodeId) -> bool {
-        self.machine(id).is_running() && self.ballast.running(id).is_some_and(|one| one.is_ready())
+    /// The shard of the node there, which must be up.
+    pub fn shard(&self, id: NodeId, shard: ShardId) -> Node<SimEnv> {
+        self.ballast.shard(id, shard).expect("the shard is up")
     }
 
-    /// Whether the node says that the cluster does not take its pool.
-    pub fn is_refused(&self, id: NodeId) -> bool {
+    /// Whether all shards of the node say that they serve.
+    pub fn is_ready(&self, id: NodeId) -> bool {
+        self.ballast.shards().all(|shard| self.serves(id, shard))
+    }
+
+    /// Whether a shard of the node says that it serves.
+    pub fn serves(&self, id: NodeId, shard: ShardId) -> bool {
+        let ready = |node: Node<SimEnv>| node.is_ready();
+        self.machine(id).is_running() && self.ballast.shard(id, shard).is_some_and(ready)
+    }
+
+    /// Whether a shard of the node says that the cluster does not take its pool.
+    pub fn is_refused(&self, id: NodeId, shard: ShardId) -> bool {
         let refused = |node: Node<SimEnv>| node.refused().is_some();
-        self.machine(id).is_running() && self.ballast.running(id).is_some_and(refused)
+        self.machine(id).is_running() && self.ballast.shard(id, shard).is_some_and(refused)
     }
 
     /// The machine.
@@ -140,12 +166,11 @@ impl Scene {
 
     /// The volume's member on that node, which must run.
     pub fn member(&self, id: NodeId) -> Family<SimEnv> {
-        self.ballast.member(id, VOLUME as usize).expect("the volume's member runs there")
+        self.ballast.member(id, self.volume()).expect("the volume's member runs there")
     }
 
     /// The last entry in that member's log.
     pub fn last_index(&self, id: NodeId) -> u64 {
-        use openraft::async_runtime::WatchReceiver;
         let member = self.member(id);
         let metrics = member.group().raft().metrics();
         let last = metrics.borrow_watched().last_log_index;
@@ -156,10 +181,26 @@ impl Scene {
     pub fn leader(&self) -> Option<NodeId> {
         let leading = self.nodes().into_iter().filter_map(|id| {
             let running = self.machine(id).is_running();
-            let member = self.ballast.member(id, VOLUME as usize).filter(|_| running)?;
+            let member = self.ballast.member(id, self.volume()).filter(|_| running)?;
             Some((member.group().leading_term()?, id))
         });
         leading.max().map(|(_, id)| id)
+    }
+
+    /// The volume's replica on that node.
+    pub fn replica(&self, id: NodeId) -> ReplicaId {
+        self.member(id).group().replica().id()
+    }
+
+    /// The voters of the volume's group, as its leader has them; none during a change.
+    pub fn voters(&self) -> Vec<ReplicaId> {
+        let Some(leader) = self.leader() else { return Vec::new() };
+        let metrics = self.member(leader).group().raft().metrics();
+        let metrics = metrics.borrow_watched();
+        match metrics.membership_config.membership().get_joint_config().as_slice() {
+            [voters] => voters.iter().copied().map(ReplicaId).collect(),
+            _ => Vec::new(),
+        }
     }
 
     /// A host that is switched on and uses nothing yet.
@@ -173,15 +214,7 @@ impl Scene {
             std::future::pending()
         });
         let env = env.take().expect("a process starts at once");
-        let (judge, ballast) = (self.judge.clone(), self.ballast.clone());
-        ScriptHost {
-            world: self.world.clone(),
-            machine,
-            env,
-            ballast,
-            judge,
-            client: RefCell::default(),
-        }
+        ScriptHost::new(self, machine, env)
     }
 
     /// Waits until `done`, which must be within `limit_ms`.
@@ -204,8 +237,16 @@ impl Scene {
         id: NodeId,
         call: impl FnOnce(Node<SimEnv>) -> F,
     ) -> T {
+        self.run_there(id, call(self.node(id))).await
+    }
+
+    async fn run_there<T: 'static>(
+        &self,
+        id: NodeId,
+        call: impl Future<Output = T> + 'static,
+    ) -> T {
         let answer = Asked::new(&self.world);
-        let (state, call) = (answer.state.clone(), call(self.node(id)));
+        let state = answer.state.clone();
         self.machine(id).inject(async move {
             let told = call.await;
             state.replace(Some(told));
@@ -213,9 +254,26 @@ impl Scene {
         answer.within(PATIENCE_MS).await.expect("a call ends")
     }
 
+    /// Gives the pool of a node's shard up, which must be down, and puts an empty disk in its place:
+    /// the node's next start formats it.
+    pub async fn replace_pool(&self, id: NodeId, shard: ShardId, pool: PoolId) {
+        let other = self.nodes().into_iter().find(|other| self.is_ready(*other));
+        let other = other.expect("a node that serves");
+        let asked = self.ask(other, move |node| async move { node.replace_pool(id, pool).await });
+        let member = match asked.await.expect("a lost pool is replaced") {
+            Replacement::Member(member) => Some(member),
+            Replacement::NoMember => None,
+            Replacement::Serves => panic!("{pool} was replaced before"),
+        };
+        self.world.disk(id).restore_file(&pool_of(shard), None);
+        self.ballast.reformat(id, shard, member);
+    }
+
     /// Hands the volume's lead to a node, while all is well.
     pub async fn move_leader(&self, to: NodeId) {
-        let moved = self.ask(to, |node| async move { node.move_leader(EXPORT, to).await });
+        let shard = self.ballast.shard_of(to, self.volume()).expect("the node is up");
+        let (node, name) = (self.shard(to, shard), volume_name(self.volume()));
+        let moved = self.run_there(to, async move { node.move_leader(&name, to).await });
         moved.await.expect("all is well");
         self.until("the leader moved", || self.leader() == Some(to)).await;
     }
@@ -302,12 +360,15 @@ impl Scene {
             for id in self.nodes() {
                 views.extend(self.ballast.replicas(&self.world, id).await);
             }
-            views.retain(|view| view.volume == VOLUME as usize);
-            let applied: BTreeSet<u64> = views.iter().map(|view| view.applied).collect();
-            let digests: BTreeSet<u64> = views.iter().map(|view| view.digest).collect();
-            let wanted = self.ballast.volumes()[VOLUME as usize].replicas as usize;
-            if views.len() == wanted && applied.len() == 1 {
-                assert_eq!(digests.len(), 1, "replicas at one log position differ: {views:?}");
+            let is_level = |(volume, wanted): (usize, &VolumeView)| {
+                let views: Vec<_> = views.iter().filter(|view| view.volume == volume).collect();
+                let applied: BTreeSet<u64> = views.iter().map(|view| view.applied).collect();
+                let digests: BTreeSet<u64> = views.iter().map(|view| view.digest).collect();
+                let level = views.len() == wanted.replicas as usize && applied.len() == 1;
+                assert!(!level || digests.len() == 1, "at one log position differ: {views:?}");
+                level
+            };
+            if self.ballast.volumes().iter().enumerate().all(is_level) {
                 return;
             }
             assert!(self.world.now_ms() < end, "replicas do not come to one position: {views:?}");
@@ -317,15 +378,20 @@ impl Scene {
 
     /// Reads all that was ever written, through a node.
     pub async fn read_back(&self, through: NodeId) {
-        let reader = self.host();
-        reader.attach_reader(through).await;
-        for range in self.judge.oracle.written(VOLUME, READ_BLOCKS) {
-            let end = self.world.now_ms() + PATIENCE_MS;
-            while reader.read(range).within(PATIENCE_MS).await.flatten().is_none() {
-                assert!(self.world.now_ms() < end, "can't be read: {range}");
-                reader.attach_reader(through).await;
+        let chosen = self.volume.get();
+        for volume in 0..self.ballast.volumes().len() as u64 {
+            self.volume.set(volume);
+            let reader = self.host();
+            reader.attach_reader(through).await;
+            for range in self.judge.oracle.written(volume, READ_BLOCKS) {
+                let end = self.world.now_ms() + PATIENCE_MS;
+                while reader.read(range).within(PATIENCE_MS).await.flatten().is_none() {
+                    assert!(self.world.now_ms() < end, "can't be read: {range}");
+                    reader.attach_reader(through).await;
+                }
             }
         }
+        self.volume.set(chosen);
         self.check();
     }
 }
@@ -358,126 +424,5 @@ impl<T: 'static> Asked<T> {
             }
             self.world.sleep_ms(1).await;
         }
-    }
-}
-
-/// A host that does what the script says; all that it sees is judged.
-pub struct ScriptHost {
-    world: World,
-    machine: Machine,
-    env: SimEnv,
-    ballast: Ballast,
-    judge: Rc<Judge>,
-    client: RefCell<Option<(Rc<NbdClient>, u64)>>,
-}
-
-impl ScriptHost {
-    /// Its machine.
-    pub fn id(&self) -> NodeId {
-        self.machine.id()
-    }
-
-    /// Lets time pass.
-    pub async fn pause(&self, ms: u64) {
-        self.world.sleep_ms(ms).await;
-    }
-
-    /// Becomes the volume's writer through a node; again and again until it is.
-    pub async fn attach(&self, through: NodeId) {
-        self.connect(through, EXPORT.to_owned(), true).await;
-    }
-
-    /// Reads the volume through a node from now on.
-    pub async fn attach_reader(&self, through: NodeId) {
-        self.connect(through, format!("{EXPORT}@ro"), false).await;
-    }
-
-    async fn connect(&self, through: NodeId, export: String, writes: bool) {
-        self.client.replace(None);
-        let end = self.world.now_ms() + PATIENCE_MS;
-        loop {
-            let began = self.judge.oracle.attach_begins();
-            let made = Asked::new(&self.world);
-            let (state, env, export) = (made.state.clone(), self.env.clone(), export.clone());
-            let target = self.ballast.nbd_address(through);
-            self.machine.inject(async move {
-                let client = NbdClient::connect(&env, &target, &export, true).await;
-                state.replace(Some(client.ok().map(Rc::new)));
-            });
-            if let Some(client) = made.within(PATIENCE_MS).await.flatten() {
-                let attached = || self.judge.oracle.attached(VOLUME, began);
-                let number = if writes { attached() } else { u64::MAX };
-                self.client.replace(Some((client, number)));
-                return;
-            }
-            assert!(self.world.now_ms() < end, "{through} lets no host in");
-            self.world.sleep_ms(50).await;
-        }
-    }
-
-    fn run(&self, command: Command, told: impl FnOnce(Result<Vec<u8>, NbdError>) + 'static) {
-        let client = self.client.borrow().clone().expect("attached").0;
-        self.machine.inject(async move { told(client.run(command).await) });
-    }
-
-    fn begin(&self, range: BlockRange, zeroes: bool) -> Asked<Outcome> {
-        let attachment = self.client.borrow().as_ref().expect("attached").1;
-        let oracle = &self.judge.oracle;
-        let id = oracle.write_begins_under(attachment, VOLUME, range, zeroes);
-        let (offset, length) = (range.start * BLOCK_SIZE_U64, range.bytes() as u32);
-        let command = if zeroes {
-            Command::Trim { offset, length }
-        } else {
-            let blocks = range.start..range.end();
-            let data = blocks.flat_map(|block| stamp::stamp(VOLUME, block, id)).collect();
-            Command::Write { offset, data }
-        };
-        let asked = Asked::new(&self.world);
-        let (state, judge) = (asked.state.clone(), self.judge.clone());
-        self.run(command, move |answer| {
-            let outcome = match answer {
-                Ok(_) => Outcome::Done,
-                Err(error) if error.is_refusal() => Outcome::Refused,
-                Err(_) => Outcome::Unknown,
-            };
-            judge.note(judge.oracle.write_ends(id, outcome));
-            state.replace(Some(outcome));
-        });
-        asked
-    }
-
-    /// Begins to write a range.
-    pub fn write(&self, range: BlockRange) -> Asked<Outcome> {
-        self.begin(range, false)
-    }
-
-    /// Begins to trim a range.
-    pub fn trim(&self, range: BlockRange) -> Asked<Outcome> {
-        self.begin(range, true)
-    }
-
-    /// Writes a range, which must succeed.
-    pub async fn must_write(&self, range: BlockRange) {
-        let outcome = self.write(range).within(PATIENCE_MS).await;
-        assert_eq!(outcome, Some(Outcome::Done), "write of {range}");
-    }
-
-    /// Begins to read a range; the answer is none after an error.
-    pub fn read(&self, range: BlockRange) -> Asked<Option<Vec<Value>>> {
-        let token = self.judge.oracle.read_begins(VOLUME, range);
-        let (offset, length) = (range.start * BLOCK_SIZE_U64, range.bytes() as u32);
-        let asked = Asked::new(&self.world);
-        let (state, judge) = (asked.state.clone(), self.judge.clone());
-        self.run(Command::Read { offset, length }, move |answer| {
-            let values = answer.ok().map(|bytes| {
-                judge.note(judge.oracle.read_ends(token, &bytes));
-                let blocks = (range.start..).zip(bytes.chunks(BLOCK_SIZE_U64 as usize));
-                let known = |(block, bytes)| stamp::recognise(VOLUME, block, bytes);
-                // What no write made has been noted as a violation.
-                blocks.map(|one| known(one).unwrap_or(Value::Zero)).collect()
-            });
-            state.replace(Some(values));
-        });
-        asked
     }
 }

@@ -27,8 +27,17 @@ pub trait System: Clone + 'static {
     /// Largest request that is applied whole or not at all, in blocks.
     fn request_blocks_max(&self) -> u64;
 
-    /// The file that may rot, if rot is to be survived.
-    fn pool(&self) -> Option<PathBuf>;
+    /// The files that a node keeps everything in; each stands for a disk.
+    fn pools(&self) -> Vec<PathBuf>;
+
+    /// Whether rot in them is to be survived.
+    fn survives_rot(&self) -> bool;
+
+    /// Whether a part of the node's process has ended that only a new process brings back.
+    fn wants_restart(&self, node: NodeId) -> bool {
+        let _ = node;
+        false
+    }
 
     /// What the node has applied, for comparing replicas; nothing of those that can't be read now.
     fn replicas(&self, world: &World, node: NodeId) -> impl Future<Output = Vec<ReplicaView>>;

@@ -12,6 +12,7 @@ use ballast_env::clock::Clock;
 use ballast_env::disk::{Disk, File, OpenMode};
 use ballast_env::network::{Address, Listener, Network};
 use ballast_env::spawn::Spawn;
+use ballast_sim::env::disk::DiskFaults;
 use ballast_sim::env::network::Link;
 use ballast_sim::machine::{Crash, MachineOptions, ip_of};
 use ballast_sim::world::{World, run};
@@ -32,6 +33,40 @@ fn two_machines(world: &World) {
 
 fn address(node: NodeId, port: u16) -> Address {
     Address::Tcp(SocketAddr::new(ip_of(node), port))
+}
+
+#[test]
+fn faults_of_one_file_leave_the_others_alone() {
+    run(1, |world| async move {
+        two_machines(&world);
+        let machine = world.machine(A).unwrap();
+        machine.start(|env| async move {
+            let mode = OpenMode::CreateNew { size: 1 << 20 };
+            let good = env.open(Path::new("good"), mode).await.unwrap();
+            let bad = env.open(Path::new("bad"), mode).await.unwrap();
+            let (disk, only) = (env.world().disk(A), Some("bad".into()));
+            disk.set_faults(DiskFaults { write_error_rate: 1_000_000, only, ..Default::default() });
+            good.write_at(0, vec![block(1)]).await.unwrap();
+            bad.write_at(0, vec![block(1)]).await.unwrap_err();
+            disk.set_faults(DiskFaults::default());
+            let begun = env.world().now_ms();
+            disk.stall_file_until(Path::new("bad"), begun + 1_000);
+            good.write_at(0, vec![block(2)]).await.unwrap();
+            assert!(env.world().now_ms() < begun + 100);
+            bad.write_at(0, vec![block(2)]).await.unwrap();
+            assert!(env.world().now_ms() >= begun + 1_000);
+        });
+        while !machine.has_exited() {
+            world.sleep_ms(1).await;
+        }
+        let (disk, good) = (machine.disk(), Path::new("good"));
+        let image = disk.image();
+        disk.restore_file(good, None);
+        assert!(disk.peek(good, 0, BLOCK_SIZE).is_none());
+        assert!(disk.peek(Path::new("bad"), 0, BLOCK_SIZE).is_some());
+        disk.restore_file(good, Some(&image));
+        assert_eq!(disk.peek(good, 0, 1), Some(vec![2]));
+    });
 }
 
 #[test]

@@ -8,15 +8,13 @@ use std::cell::Cell;
 use std::path::Path;
 use std::rc::Rc;
 
-use ballast_block::{BlockRange, NodeId};
+use ballast_block::{BlockRange, NodeId, ShardId};
 use ballast_env::planted::PlantedBug;
-use ballast_node::admin::Replacement;
-use ballast_sim::ballast::{POOL, Sizes};
+use ballast_sim::ballast::{POOL, Sizes, pool_of};
 use ballast_sim::env::disk::DiskFaults;
 use ballast_sim::machine::Crash;
 use ballast_sim::scene::{Scene, ScriptHost, failure, play};
 use ballast_sim::system::System;
-use openraft::async_runtime::WatchReceiver;
 
 const N1: NodeId = NodeId(1);
 const N2: NodeId = NodeId(2);
@@ -302,13 +300,14 @@ fn f4_a_lone_leader_that_restarts_reads_only_in_a_new_term() {
 
 /// F5. A copy of a pool comes back, all checksums right: what its replicas acknowledged since is
 /// forgotten, and with it and a node that missed those writes there would be a majority without them.
-async fn a_pool_goes_back(scene: Scene) {
+async fn a_pool_goes_back(scene: Scene, shard: ShardId) {
+    scene.use_shard(shard);
     let writer = writer_at_2(&scene).await;
     scene.machine(N1).crash(Crash::PowerLoss);
     let copy = scene.world.disk(N1).image();
     scene.start_node(N1);
     scene.until("node 1 is back", || scene.is_ready(N1)).await;
-    let pool = scene.node(N1).identity().pool;
+    let pool = scene.shard(N1, shard).identity().pool;
     scene.level().await;
     // Node 3 misses what nodes 1 and 2 acknowledge.
     scene.set_isolated(N3, true);
@@ -316,13 +315,13 @@ async fn a_pool_goes_back(scene: Scene) {
     writer.must_write(BlockRange::new(8, 8)).await;
     scene.machine(N1).crash(Crash::PowerLoss);
     scene.machine(N2).crash(Crash::PowerLoss);
-    scene.world.disk(N1).restore(Some(&copy));
+    scene.world.disk(N1).restore_file(&pool_of(shard), Some(&copy));
     scene.set_isolated(N3, false);
     // However often it starts: its boot counter passes the one that is known.
     for _ in 0..4 {
         scene.start_node(N1);
-        scene.until("node 1 is refused", || scene.is_refused(N1)).await;
-        assert!(!scene.is_ready(N1));
+        scene.until("node 1 is refused", || scene.is_refused(N1, shard)).await;
+        assert!(!scene.serves(N1, shard));
         scene.world.sleep_ms(2_000).await;
         assert_eq!(scene.leader(), None, "no majority remembers what was acknowledged");
         scene.machine(N1).crash(Crash::Kill);
@@ -333,41 +332,30 @@ async fn a_pool_goes_back(scene: Scene) {
     writer.attach(N3).await;
     scene.read_back(N3).await;
     writer.must_write(BLOCKS).await;
-    assert!(scene.is_refused(N1) || !scene.is_ready(N1));
+    assert!(!scene.serves(N1, shard));
     scene.machine(N1).crash(Crash::Kill);
-    let given = scene.ask(N2, move |node| async move { node.replace_pool(N1, pool).await }).await;
-    let given = given.expect("a lost pool is replaced");
-    let Replacement::Member(member) = given else { panic!("not replaced before: {given:?}") };
-    scene.world.disk(N1).restore(None);
-    scene.ballast.reformat(N1, member);
+    scene.replace_pool(N1, shard, pool).await;
     scene.start_node(N1);
     scene.level().await;
-    scene
-        .until("the replacement votes", || {
-            let voters = voters_as_led_by(&scene, scene.leader());
-            voters.len() == 3 && voters.contains(&scene.member(N1).group().replica().id().0)
-        })
-        .await;
+    let votes = || scene.voters().len() == 3 && scene.voters().contains(&scene.replica(N1));
+    scene.until("the replacement votes", votes).await;
     // It counts: without it there is no majority now.
     scene.machine(N2).crash(Crash::Kill);
     writer.must_write(BlockRange::new(16, 4)).await;
     scene.end().await;
 }
 
-/// The voters of the volume's group, as its leader has them; none during a change.
-fn voters_as_led_by(scene: &Scene, leader: Option<NodeId>) -> Vec<u64> {
-    let Some(leader) = leader else { return Vec::new() };
-    let metrics = scene.member(leader).group().raft().metrics();
-    let metrics = metrics.borrow_watched();
-    match metrics.membership_config.membership().get_joint_config().as_slice() {
-        [voters] => voters.iter().copied().collect(),
-        _ => Vec::new(),
-    }
+#[test]
+fn f5_a_pool_that_went_back_in_time_is_refused_and_replaced() {
+    holds(|scene| a_pool_goes_back(scene, ShardId(0)));
 }
 
 #[test]
-fn f5_a_pool_that_went_back_in_time_is_refused_and_replaced() {
-    holds(a_pool_goes_back);
+fn f5_of_a_further_shard() {
+    for seed in 0..SEEDS {
+        let sizes = Sizes { shards: 2, volumes: 2, ..Sizes::default() };
+        play(seed, sizes, None, |scene| a_pool_goes_back(scene, ShardId(1)));
+    }
 }
 
 /// F6. The last batch of node 1 rots while it is down. Taken for a torn write, which was never

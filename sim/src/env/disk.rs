@@ -10,7 +10,8 @@
 //! - Latencies are whole milliseconds, longer on a slow disk, much longer for a few operations (a
 //!   tail); a stall holds every completion.
 //! - A discarded block reads as zeroes or as before.
-//! - The disk may be replaced by an empty one, or by an older copy of itself.
+//! - The disk, or one file of it, may be replaced by an empty one, or by an older copy of itself.
+//! - Faults hit all files or a chosen one: each file stands for a disk of its own.
 //! - A script may lose what is in flight at a crash for certain, and hold one chosen write.
 //!
 //! Space is not modelled: a pool is one file of fixed size, and full is the pool's own word.
@@ -55,6 +56,8 @@ pub struct DiskFaults {
     pub lose_completed: u64,
     /// Nothing of what is in flight at a crash is there.
     pub lose_in_flight: bool,
+    /// The one file that all this is about; all others are well. `None`: all files.
+    pub only: Option<PathBuf>,
 }
 
 impl Default for DiskFaults {
@@ -68,6 +71,7 @@ impl Default for DiskFaults {
             write_error_rate: 0,
             lose_completed: 0,
             lose_in_flight: false,
+            only: None,
         }
     }
 }
@@ -93,13 +97,21 @@ pub struct DiskState {
     node: NodeId,
     rng: Rng,
     faults: RefCell<DiskFaults>,
-    stalled_until_ms: Cell<u64>,
+    stall: RefCell<Stall>,
     /// How much longer the next write takes, in milliseconds.
     next_write_ms: Cell<u64>,
     files: RefCell<BTreeMap<PathBuf, Rc<Content>>>,
 }
 
+/// Completions that are held, of one file or of all.
+#[derive(Default)]
+struct Stall {
+    until_ms: u64,
+    only: Option<PathBuf>,
+}
+
 struct Content {
+    path: PathBuf,
     size: u64,
     blocks: RefCell<Blocks>,
     unreadable: RefCell<BTreeSet<u64>>,
@@ -114,7 +126,7 @@ impl DiskState {
             node,
             rng: world.rng("disk", u64::from(node.0)),
             faults: RefCell::default(),
-            stalled_until_ms: Cell::new(0),
+            stall: RefCell::default(),
             next_write_ms: Cell::new(0),
             files: RefCell::default(),
         })
@@ -130,9 +142,23 @@ impl DiskState {
         self.faults.borrow().clone()
     }
 
+    /// What goes wrong now with a file.
+    fn faults_of(&self, path: &Path) -> DiskFaults {
+        let faults = self.faults.borrow();
+        match &faults.only {
+            Some(only) if only != path => DiskFaults::default(),
+            _ => faults.clone(),
+        }
+    }
+
     /// Holds every completion until `world_ms` of true time.
     pub fn stall_until(&self, world_ms: u64) {
-        self.stalled_until_ms.set(world_ms);
+        self.stall.replace(Stall { until_ms: world_ms, only: None });
+    }
+
+    /// Holds the completions of one file until `world_ms` of true time, and no others.
+    pub fn stall_file_until(&self, path: &Path, world_ms: u64) {
+        self.stall.replace(Stall { until_ms: world_ms, only: Some(path.to_owned()) });
     }
 
     /// Makes the next write, and only that, take `ms` milliseconds longer.
@@ -186,12 +212,20 @@ impl DiskState {
 
     /// Replaces everything by `image`: a restored backup, or an empty disk. No process may run.
     pub fn restore(&self, image: Option<&DiskImage>) {
+        self.files.borrow_mut().clear();
+        for path in image.iter().flat_map(|image| image.0.keys()) {
+            self.restore_file(path, image);
+        }
+    }
+
+    /// Replaces one file by what it is in `image`, or takes it away. No process may have it open.
+    pub fn restore_file(&self, path: &Path, image: Option<&DiskImage>) {
         let mut files = self.files.borrow_mut();
-        files.clear();
-        for (path, (size, blocks)) in image.iter().flat_map(|image| &image.0) {
-            let content = Content::new(*size);
+        files.remove(path);
+        if let Some((size, blocks)) = image.and_then(|image| image.0.get(path)) {
+            let content = Content::new(path, *size);
             content.blocks.replace(blocks.clone());
-            files.insert(path.clone(), Rc::new(content));
+            files.insert(path.to_owned(), Rc::new(content));
         }
     }
 
@@ -200,7 +234,7 @@ impl DiskState {
         for content in self.files.borrow().values() {
             content.locked.set(false);
             let mut left: Vec<_> = content.in_flight.take().into_values().collect();
-            if self.faults.borrow().lose_in_flight {
+            if self.faults_of(&content.path).lose_in_flight {
                 left.clear();
             }
             while !left.is_empty() {
@@ -236,7 +270,7 @@ impl DiskState {
         content.check(offset, into.len(), io::ErrorKind::UnexpectedEof)?;
         let blocks = offset / BLOCK_SIZE_U64..(offset + into.len() as u64) / BLOCK_SIZE_U64;
         let unreadable = content.unreadable.borrow().range(blocks).next().is_some();
-        if unreadable || self.rng.chance(self.faults.borrow().read_error_rate) {
+        if unreadable || self.rng.chance(self.faults_of(&content.path).read_error_rate) {
             return Err(input_output_error());
         }
         content.copy_out(offset, into);
@@ -247,21 +281,25 @@ impl DiskState {
         self.files.borrow().get(path).cloned()
     }
 
-    fn latency_ms(&self, world: &World) -> u64 {
-        let faults = self.faults.borrow();
+    fn latency_ms(&self, world: &World, path: &Path) -> u64 {
+        let faults = self.faults_of(path);
         let latency = self.rng.between(faults.latency_min_ms, faults.latency_max_ms);
         let tail = if faults.tail_rate > 0 && self.rng.chance(faults.tail_rate) {
             self.rng.between(1, faults.tail_ms)
         } else {
             0
         };
-        latency + tail + self.stalled_until_ms.get().saturating_sub(world.now_ms())
+        let stall = self.stall.borrow();
+        let held = stall.only.as_deref().is_none_or(|only| only == path);
+        let until_ms = if held { stall.until_ms } else { 0 };
+        latency + tail + until_ms.saturating_sub(world.now_ms())
     }
 }
 
 impl Content {
-    fn new(size: u64) -> Self {
+    fn new(path: &Path, size: u64) -> Self {
         Self {
+            path: path.to_owned(),
             size,
             blocks: RefCell::default(),
             unreadable: RefCell::default(),
@@ -313,7 +351,7 @@ impl Content {
 
 pub(crate) async fn open(env: SimEnv, path: PathBuf, mode: OpenMode) -> io::Result<SimFile> {
     let disk = env.machine().disk();
-    let latency = disk.latency_ms(env.world());
+    let latency = disk.latency_ms(env.world(), &path);
     env.world().sleep_ms(latency).await;
     if !env.process().is_alive() {
         return std::future::pending().await;
@@ -324,7 +362,7 @@ pub(crate) async fn open(env: SimEnv, path: PathBuf, mode: OpenMode) -> io::Resu
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, "the file exists"));
         }
         (OpenMode::CreateNew { size }, None) => {
-            let content = Rc::new(Content::new(size));
+            let content = Rc::new(Content::new(&path, size));
             disk.files.borrow_mut().insert(path.clone(), content.clone());
             content
         }
@@ -373,7 +411,7 @@ impl SimFile {
         let (sender, receiver) = oneshot::channel();
         let (disk, lock) = (self.disk.clone(), self.lock.clone());
         if lock.process.is_alive() {
-            let latency = disk.latency_ms(self.env.world()) + longer_ms;
+            let latency = disk.latency_ms(self.env.world(), &lock.content.path) + longer_ms;
             self.env.world().after_ms(latency, move |world| {
                 if lock.process.is_alive() {
                     // The caller may have dropped its future: the effect stands all the same.
@@ -435,7 +473,7 @@ impl File for SimFile {
             checked?;
             let (_, parts) = content.in_flight.borrow_mut().remove(&number).expect("in flight");
             world.note(format!("{node} wrote {offset}+{length}"));
-            let faults = disk.faults();
+            let faults = disk.faults_of(&content.path);
             if disk.rng.chance(faults.write_error_rate) {
                 disk.store_torn(content, offset, &parts);
                 return Err(input_output_error());

@@ -217,8 +217,12 @@ impl System for Toy {
         WRITE_BLOCKS_MAX as u64
     }
 
-    fn pool(&self) -> Option<PathBuf> {
-        None
+    fn pools(&self) -> Vec<PathBuf> {
+        Vec::new()
+    }
+
+    fn survives_rot(&self) -> bool {
+        false
     }
 
     async fn replicas(&self, _world: &World, node: NodeId) -> Vec<ReplicaView> {
