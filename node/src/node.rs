@@ -341,6 +341,7 @@ impl<E: Env> Node<E> {
             self.listen(own, &handler).await?;
         }
         self.keep(shards::take_in(Rc::downgrade(inner), arrivals, handler.clone()));
+        inner.doors.open(inner.shard());
         for founder in &inner.config.founders {
             if founder.node != own.node {
                 let address = founder.peer_address.clone();

@@ -7,6 +7,8 @@
 
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::{Acquire, Release};
 
 use ballast_block::limits::{SHARD_ARRIVALS_MAX, SHARD_PROPOSALS_MAX};
 use ballast_block::{ClusterId, ShardId};
@@ -62,12 +64,26 @@ pub(crate) enum Seat {
 }
 
 /// The ways to a node's shards.
-pub(crate) struct Doors<E: Env>(Vec<mpsc::Sender<Arrival<E>>>);
+pub(crate) struct Doors<E: Env>(Vec<Door<E>>);
+
+struct Door<E: Env> {
+    way: mpsc::Sender<Arrival<E>>,
+    /// Shut until the shard takes connections in. One that waited while the shard's pool was being
+    /// opened could be from a process of the peer that has ended meanwhile: by what the shard knows
+    /// when it looks at it, the peer's pool would have gone back in time (hazard F5).
+    is_open: Arc<AtomicBool>,
+}
+
+impl<E: Env> Clone for Door<E> {
+    fn clone(&self) -> Self {
+        Self { way: self.way.clone(), is_open: self.is_open.clone() }
+    }
+}
 
 /// A connection can't be handed to a shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum HandOverError {
-    /// The node has no pool for it, or that pool has failed.
+    /// The node has no pool for it, or that pool has failed, or is not open yet.
     #[error("this node has no pool for {0} that serves")]
     ShardNotHere(ShardId),
     /// Too many are on their way there.
@@ -81,11 +97,17 @@ impl<E: Env> Doors<E> {
         &self,
         shard: ShardId,
     ) -> Result<mpsc::Permit<'_, Arrival<E>>, HandOverError> {
-        let door = self.0.get(shard.0 as usize).ok_or(HandOverError::ShardNotHere(shard))?;
-        door.try_reserve().map_err(|error| match error {
+        let door = self.0.get(shard.0 as usize).filter(|door| door.is_open.load(Acquire));
+        let door = door.ok_or(HandOverError::ShardNotHere(shard))?;
+        door.way.try_reserve().map_err(|error| match error {
             mpsc::error::TrySendError::Full(()) => HandOverError::ShardBusy(shard),
             mpsc::error::TrySendError::Closed(()) => HandOverError::ShardNotHere(shard),
         })
+    }
+
+    /// The shard takes connections in from now on.
+    pub(crate) fn open(&self, shard: ShardId) {
+        self.0[shard.0 as usize].is_open.store(true, Release);
     }
 }
 
@@ -111,6 +133,8 @@ pub fn places<E: Env>(cluster: ClusterId, count: usize) -> Vec<Place<E>> {
     let (proposer, proposed) = mpsc::channel(SHARD_PROPOSALS_MAX);
     let (doors, arrivals): (Vec<_>, Vec<_>) =
         (0..count).map(|_| mpsc::channel(SHARD_ARRIVALS_MAX)).unzip();
+    let shut = |way| Door { way, is_open: Arc::default() };
+    let doors: Vec<Door<E>> = doors.into_iter().map(shut).collect();
     let mut first = Some(Seat::First { publish, proposals: proposed });
     let further = || Seat::Further { copy: copy.clone(), proposals: proposer.clone() };
     let place = |(shard, arrivals)| Place {

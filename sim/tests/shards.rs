@@ -180,6 +180,33 @@ fn without_its_first_shard_a_node_takes_no_part() {
     holds(a_first_pool_goes_back);
 }
 
+/// A further shard's pool takes long to open. What other nodes said to it meanwhile, and have not lived
+/// to stand by, must not be taken for a pool that went back in time (hazard F5).
+async fn a_further_shard_opens_late(scene: Scene) {
+    let second = writer(&scene, FURTHER, N3).await;
+    scene.machine(N2).crash(Crash::PowerLoss);
+    scene.start_node(N2);
+    let opens_at = scene.world.now_ms() + 20_000;
+    scene.world.disk(N2).stall_file_until(&pool_of(FURTHER), opens_at);
+    scene.until("its first shard is back", || scene.serves(N2, FIRST)).await;
+    // Node 1 greets both shards; then it is started again.
+    scene.world.sleep_ms(3_000).await;
+    scene.machine(N1).crash(Crash::Kill);
+    scene.start_node(N1);
+    scene.until("node 1 is back", || scene.is_ready(N1)).await;
+    goes_on(&second, "two of three").await;
+    assert!(scene.world.now_ms() < opens_at && !scene.serves(N2, FURTHER));
+    scene.until("the other shard is back", || scene.is_ready(N2)).await;
+    scene.world.sleep_ms(3_000).await;
+    assert!(scene.is_ready(N1), "{:?}", scene.shard(N1, FURTHER).refused());
+    scene.end().await;
+}
+
+#[test]
+fn what_waited_for_a_shard_is_no_pool_that_went_back() {
+    holds(a_further_shard_opens_late);
+}
+
 /// A connection is cut at each moment of its way from shard 0, which accepts it, to the volume's: what
 /// was half-way is forgotten on both, and the next one is taken.
 async fn a_hand_over_is_cut(scene: Scene) {
