@@ -280,8 +280,7 @@ impl<E: Env> Node<E> {
             marks: marks_of(&pool),
             member: member_on(&config, &pool, shard)?.map_or(ReplicaId(0), |member| member.id()),
         };
-        let buffers = BufferPool::default();
-        let doors = Rc::new(doors);
+        let (buffers, doors) = (BufferPool::default(), Rc::new(doors));
         let links = Links::new(env.clone(), identity, buffers.clone(), doors.clone());
         let transfers = Rc::<Transfers<E>>::default();
         let (cluster, served) = match seat {
