@@ -91,8 +91,9 @@ pub struct RegisterNode {
 ///
 /// A counter that is not newer than the one known says that the pool's contents went back in time
 /// (hazard F5): the pool and its replicas are lost. So that a *repeated* report is not taken for
-/// that, it names its process; and it must reach the group only over a link of that process: a
-/// report of an earlier process that arrives after the one of a later is dropped with its link.
+/// that, it names its process. And a report of an earlier process may arrive after the one of a
+/// later: so it is first answered with what is known, and only a process that is alive to repeat
+/// that ([`NodeBooted::told`]) loses its pool.
 ///
 /// The counter alone is not enough: it grows with each start, also of a pool that was refused. The
 /// marks do not: see [`crate::view::Pool::mark`] and docs/disk-format.md.
@@ -118,6 +119,17 @@ pub struct NodeBooted {
     pub offered: u64,
     /// The pool's member of the cluster group, if it has one: only pools of shard 0 do.
     pub member: Option<ReplicaId>,
+    /// The start that this process was told is known of its pool: it is alive after that one.
+    pub told: Option<PoolStart>,
+}
+
+/// A start of a pool by a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PoolStart {
+    /// The counter that it wrote to the pool's superblocks, from 1.
+    pub boot_counter: u64,
+    /// Random, drawn once per process start.
+    pub incarnation: u64,
 }
 
 /// See [`Command::CreateVolume`].
@@ -177,7 +189,7 @@ impl Command {
     /// higher one, and may be proposed only when all registered nodes have it.
     pub fn min_reader(&self) -> u32 {
         match self {
-            Command::NodeBooted(it) if it.shard != ShardId(0) => 3,
+            Command::NodeBooted(it) if it.shard != ShardId(0) || it.told.is_some() => 3,
             Command::NodeBooted(it) if it.offered != 0 || it.member.is_some() => 2,
             Command::ReplacePool { .. } | Command::ReplaceReplica { .. } => 2,
             _ => 1,
@@ -231,6 +243,8 @@ impl From<&Command> for CommandKind {
                 settled_boot: it.settled_boot,
                 offered: it.offered,
                 member: it.member.map_or(0, |member| member.0),
+                told_boot: it.told.map_or(0, |told| told.boot_counter),
+                told_incarnation: it.told.map_or(0, |told| told.incarnation),
             }),
             Command::ReplacePool { node, pool } => CommandKind::ReplacePool(wire::ReplacePool {
                 node: node.0,
@@ -295,6 +309,10 @@ impl TryFrom<CommandKind> for Command {
                 settled_boot: it.settled_boot,
                 offered: it.offered,
                 member: (it.member != 0).then_some(ReplicaId(it.member)),
+                told: (it.told_boot != 0).then_some(PoolStart {
+                    boot_counter: it.told_boot,
+                    incarnation: it.told_incarnation,
+                }),
             }),
             CommandKind::ReplacePool(it) => Command::ReplacePool {
                 node: NodeId(it.node),

@@ -22,7 +22,9 @@ mod volumes;
 mod wire;
 
 pub use codec::{StateError, StateProblem};
-pub use command::{Command, CommandError, CreateVolume, NodeBooted, READER_VERSION, RegisterNode};
+pub use command::{
+    Command, CommandError, CreateVolume, NodeBooted, PoolStart, READER_VERSION, RegisterNode,
+};
 pub use error::{NodeProblem, Refusal, RefusalCode, SizeProblem};
 pub use lineage::{Marks, Past};
 pub use reply_codec::ReplyError;

@@ -3,7 +3,7 @@
 use ballast_block::limits::{CLUSTER_NODES_MAX, NODE_POOLS_MAX};
 use ballast_block::{FamilyId, NodeId, PoolId, ReplicaId, ShardId};
 
-use crate::command::{NodeBooted, RegisterNode};
+use crate::command::{NodeBooted, PoolStart, RegisterNode};
 use crate::error::Refusal;
 use crate::lineage::{Marks, Past};
 use crate::state::{ClusterState, Outcome, Reply};
@@ -66,6 +66,11 @@ impl ClusterState {
         }
         let marks = Marks::of(command);
         let past = known.past_of(boot_counter, incarnation, marks);
+        let start = PoolStart { boot_counter: known.boot_counter, incarnation: known.incarnation };
+        if past == Past::RolledBack && known.state != PoolState::Lost && command.told != Some(start)
+        {
+            return Ok(Outcome { reply: Reply::PoolOlder { known: start }, changed: false });
+        }
         if past == Past::RolledBack {
             let known_counter = known.boot_counter;
             let changed = self.lose_pool(id);

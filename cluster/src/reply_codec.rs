@@ -6,12 +6,13 @@ use prost::Message;
 use thiserror::Error;
 
 use crate::codec::StateProblem;
+use crate::command::PoolStart;
 use crate::error::Refusal;
 use crate::state::Reply;
 use crate::view::Volume;
 use crate::wire::{
-    DoneReply, GivenUpReply, PoolRolledBackReply, RefusalCodeNumber, RefusedReply, ReplacingReply,
-    ReplyKind, ReplyRecord,
+    DoneReply, GivenUpReply, PoolOlderReply, PoolRolledBackReply, RefusalCodeNumber, RefusedReply,
+    ReplacingReply, ReplyKind, ReplyRecord,
 };
 
 /// Bytes that are not a reply this build understands.
@@ -49,6 +50,10 @@ impl Reply {
                 ReplyKind::Replacing(ReplacingReply { member: member.0 })
             }
             Reply::GivenUp => ReplyKind::GivenUp(GivenUpReply {}),
+            Reply::PoolOlder { known } => ReplyKind::PoolOlder(PoolOlderReply {
+                boot_counter: known.boot_counter,
+                incarnation: known.incarnation,
+            }),
             Reply::Refused(refusal) => ReplyKind::Refused(RefusedReply {
                 code: RefusalCodeNumber::from(refusal.code()).into(),
                 message: refusal.to_string(),
@@ -75,6 +80,9 @@ impl Reply {
             },
             ReplyKind::Replacing(it) => Reply::Replacing { member: ReplicaId(it.member) },
             ReplyKind::GivenUp(GivenUpReply {}) => Reply::GivenUp,
+            ReplyKind::PoolOlder(PoolOlderReply { boot_counter, incarnation }) => {
+                Reply::PoolOlder { known: PoolStart { boot_counter, incarnation } }
+            }
             ReplyKind::Refused(it) => {
                 let code = it.code().try_into().map_err(|_| ReplyError::Unknown)?;
                 Reply::Refused(Refusal::Forwarded { code, message: it.message })

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use ballast_block::{ClusterId, FamilyId, NodeId, PoolId, ReplicaId, ShardId, VolumeId};
 
-use crate::command::Command;
+use crate::command::{Command, PoolStart};
 use crate::error::Refusal;
 use crate::view::{Node, Pool, Replica, Volume, VolumePhase};
 
@@ -40,6 +40,12 @@ pub enum Reply {
     Done,
     /// The volume that was created, resized, or existed already, as it is now.
     Volume(Volume),
+    /// A later start of the pool is known. If the process that reported this one lives, its pool went
+    /// back in time: it says so by repeating its report with what it was told. Nothing was changed.
+    PoolOlder {
+        /// The start that is known.
+        known: PoolStart,
+    },
     /// The pool's contents went back in time: it and its replicas are lost. Its node must not use
     /// it; a new pool may be made on its disk.
     PoolRolledBack {

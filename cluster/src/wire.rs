@@ -75,6 +75,10 @@ pub struct NodeBooted {
     pub member: u64,
     #[prost(uint32, tag = "10")]
     pub shard: u32,
+    #[prost(uint64, tag = "11")]
+    pub told_boot: u64,
+    #[prost(fixed64, tag = "12")]
+    pub told_incarnation: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -258,7 +262,7 @@ pub struct ReplicaRecord {
 
 #[derive(Clone, PartialEq, Message)]
 pub struct ReplyRecord {
-    #[prost(oneof = "ReplyKind", tags = "1, 2, 3, 4, 5, 6")]
+    #[prost(oneof = "ReplyKind", tags = "1, 2, 3, 4, 5, 6, 7")]
     pub kind: Option<ReplyKind>,
 }
 
@@ -276,6 +280,16 @@ pub enum ReplyKind {
     Replacing(ReplacingReply),
     #[prost(message, tag = "6")]
     GivenUp(GivenUpReply),
+    #[prost(message, tag = "7")]
+    PoolOlder(PoolOlderReply),
+}
+
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct PoolOlderReply {
+    #[prost(uint64, tag = "1")]
+    pub boot_counter: u64,
+    #[prost(fixed64, tag = "2")]
+    pub incarnation: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Message)]

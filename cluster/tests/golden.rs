@@ -5,7 +5,8 @@ mod common;
 
 use ballast_block::{FamilyId, NodeId, ReplicaId};
 use ballast_cluster::{
-    ClusterState, Command, CommandError, PoolState, Refusal, RefusalCode, Reply, StateError,
+    ClusterState, Command, CommandError, NodeBooted, PoolStart, PoolState, Refusal, RefusalCode,
+    Reply, StateError,
 };
 use common::{
     booted, booted_with, cluster_of, cluster_of_shards, create, on_shard, pool_id, ready_volume,
@@ -98,7 +99,11 @@ fn commands_v2() {
 fn commands_v3() {
     let booted = on_shard(1, booted(2, 7, 0x1122_3344_5566_7788, 1 << 40));
     assert_eq!(booted.min_reader(), 3);
-    compare_commands(COMMANDS_3, vec![booted]);
+    let Command::NodeBooted(older) = booted_with(2, 2, 7, 5, 1 << 40) else { unreachable!() };
+    let told = Some(PoolStart { boot_counter: 9, incarnation: 0x1122_3344 });
+    let older = Command::NodeBooted(NodeBooted { told, ..older });
+    assert_eq!(older.min_reader(), 3);
+    compare_commands(COMMANDS_3, vec![booted, older]);
 }
 
 #[test]
@@ -134,7 +139,8 @@ fn replies_v2() {
     let mut state = cluster_of_shards(3, 2);
     state.apply(create("pvc-1", 3, 3));
     let volume = state.apply(create("pvc-2", 4, 3));
-    let replies = [Reply::GivenUp, volume];
+    let known = PoolStart { boot_counter: 9, incarnation: 0x1122_3344 };
+    let replies = [Reply::GivenUp, volume, Reply::PoolOlder { known }];
     let now: String = replies.iter().map(|reply| hex(&reply.encode()) + "\n").collect();
     assert_eq!(REPLIES_2, now);
     for (line, reply) in REPLIES_2.lines().zip(replies) {

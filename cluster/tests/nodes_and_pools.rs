@@ -4,12 +4,12 @@ mod common;
 
 use ballast_block::{ClusterId, NodeId, ReplicaId};
 use ballast_cluster::{
-    ClusterState, Command, NodeProblem, NodeState, PoolSpace, PoolState, Refusal, RefusalCode,
-    ReplicaState, Reply,
+    ClusterState, Command, NodeBooted, NodeProblem, NodeState, PoolSpace, PoolState, Refusal,
+    RefusalCode, ReplicaState, Reply,
 };
 use common::{
-    booted, booted_with, cluster_of, create, created, pool_id, ready_volume, refused, register,
-    report,
+    alive, booted, booted_with, cluster_of, create, created, pool_id, ready_volume, refused,
+    register, report,
 };
 
 #[test]
@@ -98,7 +98,7 @@ fn a_counter_that_is_not_newer_loses_the_pool_and_its_replicas() {
             reported: counter,
             lost: vec![ReplicaId(1001)],
         };
-        assert_eq!(state.apply(booted(2, counter, incarnation, 1 << 30)), rolled_back);
+        assert_eq!(alive(&mut state, booted(2, counter, incarnation, 1 << 30)), rolled_back);
         let states: Vec<_> = state.replicas_of(volume.family).map(|it| it.state).collect();
         assert_eq!(states, [ReplicaState::Ready, ReplicaState::Lost, ReplicaState::Ready]);
         assert_eq!(state.pool(pool_id(2)).unwrap().state, PoolState::Lost);
@@ -111,6 +111,23 @@ fn a_counter_that_is_not_newer_loses_the_pool_and_its_replicas() {
         let lost = Refusal::ReplicaLost { replica: ReplicaId(1001) };
         assert_eq!(refused(state.apply(ready)), lost);
     }
+}
+
+#[test]
+fn a_report_that_arrives_late_loses_no_pool() {
+    let mut state = cluster_of(3);
+    let late = booted(2, 2, 77, 1 << 30);
+    assert_eq!(state.apply(booted(2, 3, 78, 1 << 30)), Reply::Done);
+    let before = state.clone();
+    let Reply::PoolOlder { known } = state.apply(late.clone()) else { panic!("believed at once") };
+    assert_eq!((known.boot_counter, known.incarnation), (3, 78));
+    // What it was told is no proof once a later start is known.
+    assert_eq!(state, before);
+    assert_eq!(state.apply(booted(2, 4, 79, 1 << 30)), Reply::Done);
+    let Command::NodeBooted(late) = late else { unreachable!() };
+    let repeated = Command::NodeBooted(NodeBooted { told: Some(known), ..late });
+    assert!(matches!(state.apply(repeated), Reply::PoolOlder { known } if known.boot_counter == 4));
+    assert_eq!(state.pool(pool_id(2)).unwrap().state, PoolState::Ok);
 }
 
 /// A start as this version reports it.
@@ -135,7 +152,7 @@ fn an_older_copy_is_refused_however_often_it_starts() {
     };
     // Copied after start 1, put back after start 2: 3, 4 ... are newer counters, and no help.
     for boot in 3..9 {
-        let reply = known().apply(marked(1, 1, boot, (11, 1), 77));
+        let reply = alive(&mut known(), marked(1, 1, boot, (11, 1), 77));
         assert!(matches!(reply, Reply::PoolRolledBack { .. }), "start {boot}: {reply:?}");
     }
     // An answer that was lost is no roll back: the same mark is offered again.
@@ -144,7 +161,7 @@ fn an_older_copy_is_refused_however_often_it_starts() {
     assert_eq!(state.apply(marked(1, 1, 5, (12, 3), 15)), Reply::Done);
     assert_eq!(state.apply(marked(1, 1, 7, (12, 3), 15)), Reply::Done);
     // A pool from before marks were kept.
-    let reply = state.apply(marked(1, 1, 9, (0, 0), 99));
+    let reply = alive(&mut state, marked(1, 1, 9, (0, 0), 99));
     assert!(matches!(reply, Reply::PoolRolledBack { .. }), "{reply:?}");
     // A cluster group that went back in time does not take its pools for lost.
     let refusal = refused(known().apply(marked(1, 1, 9, (15, 7), 19)));

@@ -8,7 +8,7 @@ use ballast_cluster::{
     ClusterState, Command, NodeBooted, PoolState, Refusal, RefusalCode, ReplicaState, Reply, Volume,
 };
 use common::{
-    booted_with, cluster_of_shards, create, on_shard, pool_id, ready_volume, refused, report,
+    alive, booted_with, cluster_of_shards, create, on_shard, pool_id, ready_volume, refused, report,
 };
 
 const NODE: NodeId = NodeId(2);
@@ -179,7 +179,7 @@ fn two_nodes_can_not_bring_a_shards_pool_back() {
 #[test]
 fn a_rolled_back_pool_loses_its_shard_only() {
     let (mut state, volumes) = with_volumes(2);
-    let reply = state.apply(on_shard(1, booted_with(NODE.0, 21, 1, 77, 1 << 30)));
+    let reply = alive(&mut state, on_shard(1, booted_with(NODE.0, 21, 1, 77, 1 << 30)));
     let lost = vec![volumes[1].replicas[1]];
     assert_eq!(reply, Reply::PoolRolledBack { pool: pool_id(21), known: 1, reported: 1, lost });
     let first = state.replica(volumes[0].replicas[1]).unwrap();

@@ -7,7 +7,7 @@
 
 use std::rc::Rc;
 
-use ballast_block::ReplicaId;
+use ballast_block::{NodeId, ReplicaId};
 use ballast_cluster::{Command, Past, Pool, PoolState};
 use ballast_env::Env;
 
@@ -16,8 +16,21 @@ use crate::peers::identity::{Identity, Refusal};
 
 const REMEDY: &str = "its replicas are lost; replace it: `ballastctl pool replace`";
 
+/// What is known of the pools of a peer.
+pub(crate) fn known_of<E: Env>(inner: &Inner<E>, node: NodeId) -> Vec<Pool> {
+    inner.cluster.state().pools_of(node, inner.shard()).copied().collect()
+}
+
 /// Refuses a peer whose pool is another than the cluster knows, or has gone back in time.
-pub(crate) fn admit<E: Env>(inner: &Rc<Inner<E>>, peer: &Identity) -> Result<(), Refusal> {
+///
+/// A greeting may be of a process that has ended, and have waited for long. So it proves nothing
+/// against the pool; an answer does, to whom asked while a later start was known: `asked_with` is
+/// what was known then. Once that is so, the peer is told when it greets again.
+pub(crate) fn admit<E: Env>(
+    inner: &Rc<Inner<E>>,
+    peer: &Identity,
+    asked_with: Option<&[Pool]>,
+) -> Result<(), Refusal> {
     if let Some(reason) = &*inner.refused.borrow() {
         return Err(format!("this node is refused itself: {reason}").into());
     }
@@ -27,14 +40,23 @@ pub(crate) fn admit<E: Env>(inner: &Rc<Inner<E>>, peer: &Identity) -> Result<(),
             let text = format!("pool {} is lost and never serves again; {REMEDY}", peer.pool);
             return Err(Refusal { text, lost: true });
         }
-        if pool.past_of(peer.boot, peer.incarnation, peer.marks) == Past::RolledBack {
-            declare_lost(inner, &pool);
+        let is_older = |known: &Pool| {
+            let past = known.past_of(peer.boot, peer.incarnation, peer.marks);
+            known.id == peer.pool && past == Past::RolledBack
+        };
+        if is_older(&pool) {
+            let proven = asked_with.is_some_and(|known| known.iter().any(is_older));
+            if proven {
+                inner.rolled_back.borrow_mut().insert(pool.id);
+                declare_lost(inner, &pool);
+            }
+            let lost = inner.rolled_back.borrow().contains(&pool.id);
             let text = format!(
                 "pool {} was accepted with start {} and says {} now: it has been rolled back; \
                  {REMEDY}",
                 peer.pool, pool.boot_counter, peer.boot
             );
-            return Err(Refusal { text, lost: true });
+            return Err(Refusal { text, lost });
         }
     }
     let mut boots = inner.boots.borrow_mut();

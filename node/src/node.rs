@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use ballast_block::buffer::BufferPool;
 use ballast_block::{AttachmentId, FamilyId, NodeId, PoolId, ReplicaId, ShardId, VolumeId};
-use ballast_cluster::Marks;
+use ballast_cluster::{Marks, PoolStart};
 use ballast_env::Env;
 use ballast_env::network::{Address, Listener};
 use ballast_env::spawn::OwnedTask;
@@ -124,6 +124,8 @@ pub(crate) struct Inner<E: Env> {
     pub(crate) attachments: RefCell<BTreeMap<AttachmentId, FamilyId>>,
     /// The newest start of each peer's pool that this process has seen (hazard F5).
     pub(crate) boots: RefCell<BTreeMap<NodeId, (PoolId, u64, u64)>>,
+    /// Pools of peers that a living process has shown to have gone back in time.
+    pub(crate) rolled_back: RefCell<BTreeSet<PoolId>>,
     pub(crate) room: RoomTable,
     pub(crate) meters: Meters,
     /// How long opening the pool took.
@@ -135,6 +137,8 @@ pub(crate) struct Inner<E: Env> {
     pub(crate) stopping: watch::Sender<bool>,
     /// Whether the cluster has accepted this start of the pool.
     pub(crate) announced: Cell<bool>,
+    /// A later start of the pool that the cluster knows, as it told this process.
+    pub(crate) told: Cell<Option<PoolStart>>,
     /// Why the cluster does not take this pool, for ever, if so.
     pub(crate) refused: RefCell<Option<String>>,
     tasks: RefCell<Vec<OwnedTask>>,
@@ -270,16 +274,7 @@ impl<E: Env> Node<E> {
         let opened_in = env.now().since(begun);
         tracing::info!(node = %config.node, %shard, pool = %pool.id(), boot = pool.boot_counter(),
             ?recovery, ?opened_in, "pool is open");
-        let identity = Identity {
-            cluster: config.cluster,
-            node: config.node,
-            shard,
-            pool: pool.id(),
-            boot: pool.boot_counter(),
-            incarnation: env.random_u64() | 1,
-            marks: marks_of(&pool),
-            member: member_on(&config, &pool, shard)?.map_or(ReplicaId(0), |member| member.id()),
-        };
+        let identity = identity_of(&env, &config, &pool, shard)?;
         let (buffers, doors) = (BufferPool::default(), Rc::new(doors));
         let links = Links::new(env.clone(), identity, buffers.clone(), doors.clone());
         let transfers = Rc::<Transfers<E>>::default();
@@ -308,6 +303,7 @@ impl<E: Env> Node<E> {
             changing: RefCell::default(),
             attachments: RefCell::default(),
             boots: RefCell::default(),
+            rolled_back: RefCell::default(),
             room: RoomTable::default(),
             meters: Meters::default(),
             opened_in,
@@ -316,6 +312,7 @@ impl<E: Env> Node<E> {
             peer_address: RefCell::default(),
             stopping: watch::Sender::new(false),
             announced: Cell::new(false),
+            told: Cell::new(None),
             refused: RefCell::default(),
             tasks: RefCell::default(),
         });
@@ -449,6 +446,24 @@ impl<E: Env> Inner<E> {
         let families = families.values().map(|family| family.group().clone());
         self.cluster.group().cloned().into_iter().chain(families).collect()
     }
+}
+
+fn identity_of<E: Env>(
+    env: &E,
+    config: &NodeConfig,
+    pool: &Pool<E>,
+    shard: ShardId,
+) -> Result<Identity, StartNodeError> {
+    Ok(Identity {
+        cluster: config.cluster,
+        node: config.node,
+        shard,
+        pool: pool.id(),
+        boot: pool.boot_counter(),
+        incarnation: env.random_u64() | 1,
+        marks: marks_of(pool),
+        member: member_on(config, pool, shard)?.map_or(ReplicaId(0), |member| member.id()),
+    })
 }
 
 fn marks_of<E: Env>(pool: &Pool<E>) -> Marks {

@@ -122,10 +122,21 @@ async fn announce<E: Env>(inner: &Rc<Inner<E>>) {
         offered: identity.marks.offered,
         member: Some(identity.member).filter(|&member| member != ReplicaId(0)),
         shard: identity.shard,
+        told: inner.told.get(),
     });
     for command in [register, booted] {
         match inner.cluster.propose(&command).await {
             Ok(Reply::Done) => {}
+            Ok(Reply::PoolOlder { known }) => {
+                // This process lives: said again, it is no late report of an earlier one.
+                tracing::error!(
+                    ?known,
+                    boot = identity.boot,
+                    "the cluster knows a later start of this pool"
+                );
+                inner.told.set(Some(known));
+                return inner.env.sleep(RETRY_PAUSE).await;
+            }
             Ok(Reply::PoolRolledBack { pool, known, reported, .. }) => {
                 let reason = format!(
                     "pool {pool} was accepted with start {known} and says {reported} now: it has \

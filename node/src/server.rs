@@ -6,6 +6,7 @@
 use std::rc::{Rc, Weak};
 
 use ballast_block::{FamilyId, NodeId};
+use ballast_cluster::Pool;
 use ballast_env::Env;
 use ballast_raft_store::replica::DamagedBlock;
 use ballast_raft_store::types::TypeConfig;
@@ -65,9 +66,13 @@ fn message(message: &impl Message) -> Answer {
 }
 
 impl<E: Env> Handler for Server<E> {
-    fn admit(&self, peer: &Identity) -> Result<(), Refusal> {
+    fn known(&self, node: NodeId) -> Vec<Pool> {
+        self.inner.upgrade().map_or_else(Vec::new, |inner| admission::known_of(&inner, node))
+    }
+
+    fn admit(&self, peer: &Identity, asked_with: Option<&[Pool]>) -> Result<(), Refusal> {
         let inner = self.inner.upgrade().ok_or_else(|| "node is stopping".to_owned())?;
-        admission::admit(&inner, peer)
+        admission::admit(&inner, peer, asked_with)
     }
 
     fn lost(&self, reason: &str) {

@@ -9,12 +9,17 @@ use std::process::Command;
 use std::rc::Rc;
 use std::time::Duration;
 
+use ballast_block::buffer::BufferPool;
 use ballast_block::{ClusterId, NodeId};
 use ballast_env::clock::Clock;
 use ballast_env::linux::{LinuxEnv, LinuxShard};
-use ballast_env::network::Address;
+use ballast_env::network::{Address, Network};
+use ballast_node::cluster::PoolState;
 use ballast_node::config::{Founder, NodeConfig};
 use ballast_node::node::{self, Node};
+use ballast_node::peers::identity::{Identity, Refusal};
+use ballast_node::peers::wire::{Frame, FrameReader, Kind};
+use tokio::io::AsyncWriteExt;
 
 const POOL_BYTES: u64 = 1 << 30;
 
@@ -147,6 +152,52 @@ fn a_volume_survives_the_restart_of_every_node() {
             *seen.borrow_mut() += 1;
         }
         assert_eq!(*seen.borrow(), 3);
+        for node in &nodes {
+            node.stop().await;
+        }
+    })
+    .unwrap();
+}
+
+/// What a node answers to a greeting.
+async fn greet(env: &LinuxEnv, address: &Address, greeting: &Identity) -> Option<Refusal> {
+    let mut stream = env.connect(address).await.unwrap();
+    let hello = Frame::plain(Kind::Hello, 0, greeting.encode(None));
+    stream.write_all(&hello.encode_head()).await.unwrap();
+    let reply = FrameReader::new(stream, BufferPool::default()).next().await.unwrap();
+    Identity::decode(reply.body).unwrap().1
+}
+
+/// The network may bring what a process said after its end, when the next one is known already.
+#[test]
+fn a_greeting_that_arrives_late_loses_no_pool() {
+    let scratch = Scratch::new("late-greeting");
+    let configs = configs(&scratch);
+    LinuxShard::run(|env| async move {
+        let mut nodes = Vec::new();
+        for config in &configs {
+            node::format(&env, config, Some(POOL_BYTES), false, None).await.unwrap();
+            nodes.push(start(&env, config).await);
+        }
+        until(&env, "the cluster", async || nodes.iter().all(Node::is_ready)).await;
+        let early = nodes[1].identity();
+        nodes[1].stop().await;
+        nodes.remove(1);
+        nodes.insert(1, start(&env, &configs[1]).await);
+        let now = nodes[1].identity();
+        assert!(early.boot < now.boot);
+        let knows = |node: &Node<LinuxEnv>| {
+            node.cluster_state().pool(now.pool).is_some_and(|pool| pool.boot_counter == now.boot)
+        };
+        until(&env, "the later start", async || nodes.iter().all(knows)).await;
+
+        let refusal = greet(&env, &configs[0].founders[0].peer_address, &early).await.unwrap();
+        assert!(!refusal.lost, "{refusal:?}");
+        // Behind whatever the node may have proposed because of it.
+        nodes[0].create_volume("vol", 64 << 20, 3).await.unwrap();
+        let state = nodes[0].cluster_state().pool(now.pool).unwrap().state;
+        assert_eq!(state, PoolState::Ok);
+        assert!(nodes[1].refused().is_none());
         for node in &nodes {
             node.stop().await;
         }

@@ -54,7 +54,17 @@ pub fn booted_with(
         settled_boot: 0,
         offered: 0,
         member: None,
+        told: None,
     })
+}
+
+/// The same report, by a process that lives to repeat what it was told.
+pub fn alive(state: &mut ClusterState, report: Command) -> Reply {
+    let Reply::PoolOlder { known } = state.apply(report.clone()) else {
+        panic!("a report of an older start is not believed at once")
+    };
+    let Command::NodeBooted(it) = report else { unreachable!() };
+    state.apply(Command::NodeBooted(NodeBooted { told: Some(known), ..it }))
 }
 
 /// The same start, on another shard than the first.

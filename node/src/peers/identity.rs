@@ -71,7 +71,8 @@ struct HelloV1 {
 }
 
 impl Identity {
-    pub(super) fn encode(&self, refusal: Option<&Refusal>) -> Bytes {
+    /// The body of a hello, or of the answer to one, which may be a refusal.
+    pub fn encode(&self, refusal: Option<&Refusal>) -> Bytes {
         let hello = HelloV1 {
             cluster: self.cluster.as_bytes().to_vec(),
             node: self.node.0,
@@ -89,7 +90,11 @@ impl Identity {
         prost::Message::encode_to_vec(&hello).into()
     }
 
-    pub(super) fn decode(body: Bytes) -> Result<(Self, Option<Refusal>), PeerError> {
+    /// Who said a hello or answered one, and whether with a refusal.
+    ///
+    /// # Errors
+    /// [`PeerError::Refused`] when it is neither.
+    pub fn decode(body: Bytes) -> Result<(Self, Option<Refusal>), PeerError> {
         let damaged = || PeerError::Refused("handshake can't be decoded".into());
         let hello: HelloV1 = prost::Message::decode(body).map_err(|_| damaged())?;
         let identity = Identity {

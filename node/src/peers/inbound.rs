@@ -95,7 +95,7 @@ async fn serve<E: Env>(
     handler: Rc<dyn Handler>,
 ) {
     let verdict = links.check(&peer, None).map_err(Refusal::from);
-    let refusal = verdict.and_then(|()| handler.admit(&peer)).err();
+    let refusal = verdict.and_then(|()| handler.admit(&peer, None)).err();
     let reply = links.identity().encode(refusal.as_ref());
     let _ = connection.send(Frame::plain(Kind::HelloReply, 0, reply));
     let inbound = Inbound {

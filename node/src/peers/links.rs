@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use ballast_block::NodeId;
 use ballast_block::buffer::BufferPool;
+use ballast_cluster::Pool;
 use ballast_env::Env;
 use ballast_env::network::{Address, Listener};
 use ballast_env::spawn::OwnedTask;
@@ -43,8 +44,12 @@ pub enum Lane {
 
 /// What the node does with what peers send.
 pub trait Handler: 'static {
-    /// Whether a peer may talk to this node; the text of a refusal goes to it.
-    fn admit(&self, peer: &Identity) -> Result<(), Refusal>;
+    /// What is known now of the pools of a peer.
+    fn known(&self, node: NodeId) -> Vec<Pool>;
+
+    /// Whether a peer may talk to this node; the text of a refusal goes to it. `asked_with`: it has
+    /// answered, and this was known when it was asked; none: it has said so by itself, at any time.
+    fn admit(&self, peer: &Identity, asked_with: Option<&[Pool]>) -> Result<(), Refusal>;
 
     /// A peer of the same cluster says that this node's pool is lost.
     fn lost(&self, reason: &str);
@@ -242,6 +247,7 @@ impl<E: Env> Dialler<E> {
 
     async fn once(&self) -> Result<(), PeerError> {
         let env = &self.links.env;
+        let known = self.handler.known(self.node);
         let handshake = async {
             let stream = env.connect(&self.address).await;
             let stream = stream.map_err(|error| PeerError::Refused(error.to_string()))?;
@@ -274,10 +280,12 @@ impl<E: Env> Dialler<E> {
             return Err(PeerError::Refused(text));
         }
         let verdict = verdict.map_err(Refusal::from);
-        verdict.and_then(|()| self.handler.admit(&peer)).map_err(|Refusal { text, .. }| {
-            tracing::warn!(node = %self.node, refusal = text, "peer refused");
-            PeerError::Refused(text)
-        })?;
+        verdict.and_then(|()| self.handler.admit(&peer, Some(&known))).map_err(
+            |Refusal { text, .. }| {
+                tracing::warn!(node = %self.node, refusal = text, "peer refused");
+                PeerError::Refused(text)
+            },
+        )?;
         self.up(&connection, peer);
         let ended = pump(env, &connection, reader, writer, |frame| connection.deliver(frame)).await;
         self.down();

@@ -112,6 +112,7 @@ impl Fixture {
                 settled_boot: 0,
                 offered: 0,
                 member: None,
+                told: None,
             }));
             assert_eq!(booted, Reply::Done);
         }
