@@ -59,7 +59,7 @@ fn wanted(arguments: &FormatArguments, shards: usize) -> Result<Vec<u32>, Daemon
     }
 }
 
-/// Refuses what [`format`] would refuse, and writes nothing: several pools are made all or none.
+/// Refuses what [`format()`] would refuse, and writes nothing: several pools are made all or none.
 fn check(config: &NodeConfig, making: Making) -> Result<(), DaemonError> {
     let Making { create, overwrite_foreign, .. } = making;
     if create.is_some() && config.pool.exists() {

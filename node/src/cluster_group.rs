@@ -209,7 +209,7 @@ impl<E: Env> ClusterMember<E> {
         self.group.initialize(members).await
     }
 
-    /// See [`ClusterGroup::propose`].
+    /// Gets `command` applied by the group, and waits until it is known here.
     ///
     /// # Errors
     /// [`ProposeClusterError`].

@@ -187,7 +187,7 @@ pub async fn format<E: Env>(
     Ok(id)
 }
 
-/// Makes a pool for a further shard of a node, which has nothing on it yet. As [`format`], an act of
+/// Makes a pool for a further shard of a node, which has nothing on it yet. As [`format()`], an act of
 /// an administrator.
 ///
 /// # Errors
@@ -203,7 +203,7 @@ pub async fn format_further<E: Env>(
     Ok(Pool::format(env, &config.pool, options).await?)
 }
 
-/// Refuses what [`format`] and [`format_further`] would refuse, but for a file to be created that
+/// Refuses what [`format()`] and [`format_further`] would refuse, but for a file to be created that
 /// exists. Writes nothing: for making several pools, or none.
 ///
 /// # Errors
