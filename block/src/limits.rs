@@ -318,8 +318,9 @@ pub const NODE_POOLS_MAX: usize = 64;
 /// mostly has, and as many threads.
 pub const NODE_SHARDS_MAX: usize = 16;
 
-/// Commands of further shards that wait for a node's shard 0 to propose them, at most: more callers
-/// wait in line.
+/// Commands of further shards on their way to a node's shard 0, at most: more callers wait in line.
+/// Those that shard 0 has taken it proposes side by side, each for ten seconds at most; a shard has
+/// one of its own at a time, and one for each peer whose pool went back in time.
 pub const SHARD_PROPOSALS_MAX: usize = 64;
 
 /// Connections on their way to one shard of a node, at most: a shard that does not take them in

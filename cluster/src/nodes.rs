@@ -135,8 +135,12 @@ impl ClusterState {
         if replaces {
             self.replace_replicas(node, shard, id);
         }
-        let lost = others.iter().filter(|pool| pool.state == PoolState::Lost);
-        lost.for_each(|pool| self.forget_empty(pool.id));
+        // Of a shard that any new pool may be added to the lost ones are kept: one of them that comes
+        // back is known then.
+        if shard == ShardId(0) {
+            let lost = others.iter().filter(|pool| pool.state == PoolState::Lost);
+            lost.for_each(|pool| self.forget_empty(pool.id));
+        }
         Ok(Outcome::done(true))
     }
 

@@ -104,7 +104,9 @@ fn a_shards_lost_pool_is_replaced_without_a_member() {
     assert_eq!(state.apply(replace(22)), Reply::GivenUp);
 
     assert_eq!(state.apply(start(1, 99, 1)), Reply::Done);
-    assert_eq!(ids(&state, 1), [pool_id(99)], "the empty lost one is forgotten");
+    // The lost one stays known: it must not come back as a new one when this one is lost, too.
+    assert_eq!(ids(&state, 1), [pool_id(21), pool_id(99)]);
+    assert_eq!(refused(state.apply(start(1, 21, 3))), Refusal::PoolLost { pool: pool_id(21) });
     let on_new: Vec<_> = state.replicas_on_shard(NODE, ShardId(1)).copied().collect();
     let [new] = on_new.as_slice() else { panic!("{on_new:?}") };
     assert_eq!((new.family, new.pool), (volumes[1].family, pool_id(99)));

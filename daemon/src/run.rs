@@ -15,12 +15,18 @@ use crate::cli::RunArguments;
 use crate::error::DaemonError;
 use crate::prometheus::Metrics;
 use crate::settings::Settings;
-use crate::shard::{self, Condition, Shard};
+use crate::shard::{self, Condition, Shard, ShardEnded};
 use crate::{http, logging};
 
 /// Longest that a node may take to stop in order. Its log has everything: ending it hard loses
 /// nothing, the next start reads more.
 const STOP_MAX: Duration = Duration::from_secs(15);
+
+/// Longest that shard 0 waits for further ones before it stops: a disk that hangs must not keep it.
+const FURTHER_STOP_MAX: Duration = Duration::from_secs(7);
+
+/// Between attempts to tell the cluster of a shard that has ended.
+const REPORT_PAUSE: Duration = Duration::from_secs(1);
 
 /// Runs a node until a signal ends it.
 ///
@@ -92,7 +98,7 @@ async fn run_node(settings: Settings, metrics: Metrics) -> Result<(), DaemonErro
         tokio::spawn(admin::serve(listener, access));
     }
     for shard in &shards {
-        tokio::spawn(tell(node, shard.clone()));
+        tokio::spawn(tell(node, shard.clone(), first.clone()));
     }
     tokio::select! {
         biased;
@@ -120,7 +126,7 @@ fn start_shards(settings: Settings, metrics: &Metrics) -> Result<Vec<Shard>, Dae
 }
 
 /// Says in the log what becomes of a shard.
-async fn tell(node: NodeId, shard: Shard) {
+async fn tell(node: NodeId, shard: Shard, first: Shard) {
     let is_first = shard.id() == ShardId(0);
     let id = shard.id();
     match shard.wait_for(|now| !matches!(now, Condition::Starting)).await {
@@ -132,8 +138,19 @@ async fn tell(node: NodeId, shard: Shard) {
         && !is_first
     {
         tracing::error!(%node, shard = %id, %reason, "a shard has ended, and the node's other \
-            shards go on: see to its disk and restart the node, or give its pool up with \
-            `ballastctl pool replace`");
+            shards go on: mend what the reason says and restart the node; if its disk is gone for \
+            good, give its pool up with `ballastctl pool replace`");
+        report_ended(&first, id).await;
+    }
+}
+
+/// Has shard 0 tell the cluster, as soon as that can be told.
+async fn report_ended(first: &Shard, ended: ShardId) {
+    loop {
+        match first.ask(move |node| async move { node.report_ended(ended).await }).await {
+            Ok(true) | Err(ShardEnded::Ended(..) | ShardEnded::Stopping(_)) => return,
+            Ok(false) | Err(ShardEnded::Starting(_)) => tokio::time::sleep(REPORT_PAUSE).await,
+        }
     }
 }
 
@@ -142,7 +159,10 @@ async fn stop(shards: &[Shard]) -> Result<(), DaemonError> {
     let (first, further) = shards.split_first().expect("a node has a shard");
     let stopped = async {
         further.iter().for_each(Shard::stop);
-        futures_util::future::join_all(further.iter().map(Shard::end)).await;
+        let ended = futures_util::future::join_all(further.iter().map(Shard::end));
+        if tokio::time::timeout(FURTHER_STOP_MAX, ended).await.is_err() {
+            tracing::warn!("a further shard does not stop in time: its disk may hang");
+        }
         first.stop();
         first.end().await
     };

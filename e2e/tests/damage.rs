@@ -161,7 +161,9 @@ fn with_damage(
         places.iter().filter(|place| ours(place) || of_pool(place)).cloned().collect();
     found.sort_by_key(|place| place["offset"].as_u64());
     assert!(!found.is_empty(), "no {kind} among {} places", places.len());
-    damage(cluster, 2, &found[pick(&found).min(found.len() - 1)]);
+    let picked = pick(&found).min(found.len() - 1);
+    println!("{kind}: {picked} of {} places: {}", found.len(), found[picked]);
+    damage(cluster, 2, &found[picked]);
     cluster.restart(2);
 }
 

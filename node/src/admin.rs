@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use ballast_block::{NodeId, PoolId, ReplicaId, VolumeId};
+use ballast_block::{NodeId, PoolId, ReplicaId, ShardId, VolumeId};
 use ballast_cluster::{
     ClusterState, Command, CreateVolume, PoolState, Refusal, Reply, Volume, VolumePhase,
 };
@@ -97,6 +97,25 @@ impl<E: Env> Node<E> {
             _ = inner.cluster.propose(&failed) => {}
             () = inner.env.sleep(FAILURE_REPORT_MAX) => {}
         }
+    }
+
+    /// Tells the cluster that the pool of another shard of this node does not serve, for others to
+    /// see and for placement to pass by. Answers whether the cluster knows now. Its next start says
+    /// that it serves again.
+    pub async fn report_ended(&self, shard: ShardId) -> bool {
+        let pools: Vec<_> = {
+            let state = self.cluster_state();
+            let of_shard = state.pools_of(self.inner.config.node, shard);
+            of_shard.filter(|pool| pool.state == PoolState::Ok).copied().collect()
+        };
+        for pool in pools {
+            let (id, space) = (pool.id, pool.space);
+            let failed = Command::ReportPool { pool: id, space, state: PoolState::Failed };
+            if self.inner.cluster.propose(&failed).await.is_err() {
+                return false;
+            }
+        }
+        true
     }
 
     /// Gives a node's pool up for ever, so that a fresh one can take its place.

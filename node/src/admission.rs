@@ -51,11 +51,14 @@ pub(crate) fn admit<E: Env>(
                 declare_lost(inner, &pool);
             }
             let lost = inner.rolled_back.borrow().contains(&pool.id);
-            let text = format!(
-                "pool {} was accepted with start {} and says {} now: it has been rolled back; \
-                 {REMEDY}",
+            let what = format!(
+                "pool {} was accepted with start {} and says {} now",
                 peer.pool, pool.boot_counter, peer.boot
             );
+            let text = match lost {
+                true => format!("{what}: it has been rolled back; {REMEDY}"),
+                false => format!("{what}: an earlier process of it may have said so; not let in"),
+            };
             return Err(Refusal { text, lost });
         }
     }
@@ -65,8 +68,8 @@ pub(crate) fn admit<E: Env>(
         && (boot > peer.boot || (boot == peer.boot && incarnation != peer.incarnation))
     {
         return Err(format!(
-            "pool {pool} was seen with start {boot}, now it says {} again: it has been rolled \
-             back; {REMEDY}",
+            "pool {pool} was seen with start {boot}, now it says {} again: an earlier process of \
+             it, or an older copy; not let in",
             peer.boot
         )
         .into());

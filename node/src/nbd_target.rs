@@ -34,6 +34,9 @@ use crate::shards::{Arrival, HandOverError};
 /// Pause after an accept that failed, for want of file descriptors maybe.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// Longest wait for a state of the cluster that another shard of the node has already.
+const COPY_LAG_MAX: Duration = Duration::from_secs(1);
+
 pub(crate) async fn accept<E: Env, L>(node: Weak<Inner<E>>, listener: L)
 where
     L: Listener<Stream = E::Stream>,
@@ -155,6 +158,7 @@ impl<E: Env> Connection<E> {
 
     async fn serve(&mut self, asked: Option<OpenExport>) -> io::Result<Served> {
         if let Some(open) = asked {
+            self.hear_of(&open).await;
             let opened = self.open(open).await;
             self.session.export_opened(opened);
         }
@@ -186,6 +190,19 @@ impl<E: Env> Connection<E> {
         let shard = self.volume_of(open).ok()?.shard;
         let elsewhere = open.purpose == Purpose::Attach && shard != self.inner.shard();
         (elsewhere && self.inner.doors.door(shard).is_ok()).then_some(shard)
+    }
+
+    /// The shard that handed the client over may know the volume a moment earlier than this one.
+    async fn hear_of(&self, open: &OpenExport) {
+        let known = async {
+            let mut changes = self.inner.cluster.changes();
+            while self.volume_of(open).is_err() && changes.next().await {}
+        };
+        tokio::select! {
+            biased;
+            () = known => {}
+            () = self.inner.env.sleep(COPY_LAG_MAX) => {}
+        }
     }
 
     /// The only way out of a shard; what the client sent and was not looked at goes along.
@@ -304,7 +321,8 @@ impl<E: Env> Connection<E> {
             return Ok(export_info(volume.name, volume.size_bytes, read_only));
         }
         if volume.shard != self.inner.shard() {
-            let error = HandOverError::ShardNotHere(volume.shard);
+            let error = self.inner.doors.door(volume.shard).err();
+            let error = error.unwrap_or(HandOverError::ShardBusy(volume.shard));
             return Err(OpenExportError::NotServedHere { why: error.to_string() });
         }
         let client = VolumeClient::open(self.inner.clone(), &volume.name, read_only).await;

@@ -111,20 +111,7 @@ async fn announce<E: Env>(inner: &Rc<Inner<E>>) {
         let refusal = Refusal::PoolShardDiffers { pool, known, reported };
         return admission::refused(inner, &refusal.to_string());
     }
-    let booted = Command::NodeBooted(NodeBooted {
-        node: own.node,
-        pool: identity.pool,
-        boot_counter: identity.boot,
-        incarnation: identity.incarnation,
-        space: space(inner),
-        settled: identity.marks.settled,
-        settled_boot: identity.marks.settled_boot,
-        offered: identity.marks.offered,
-        member: Some(identity.member).filter(|&member| member != ReplicaId(0)),
-        shard: identity.shard,
-        told: inner.told.get(),
-    });
-    for command in [register, booted] {
+    for command in [register, booted(inner)] {
         match inner.cluster.propose(&command).await {
             Ok(Reply::Done) => {}
             Ok(Reply::PoolOlder { known }) => {
@@ -154,12 +141,44 @@ async fn announce<E: Env>(inner: &Rc<Inner<E>>) {
             }
         }
     }
+    // Older states may name replicas of a pool that this one replaced; made here, they would be
+    // voters that have forgotten everything (hazard F5).
+    if !knows_this_start(inner) {
+        tracing::debug!("accepted, but not known here yet");
+        return inner.env.sleep(RETRY_PAUSE).await;
+    }
     if let Err(error) = inner.pool.settle_lineage().await {
         tracing::error!(%error, "the cluster's word on this start can't be kept");
         return;
     }
     inner.announced.set(true);
     tracing::info!(node = %own.node, "node is part of the cluster");
+}
+
+/// The report of this start.
+fn booted<E: Env>(inner: &Inner<E>) -> Command {
+    let identity = inner.links.identity();
+    Command::NodeBooted(NodeBooted {
+        node: identity.node,
+        pool: identity.pool,
+        boot_counter: identity.boot,
+        incarnation: identity.incarnation,
+        space: space(inner),
+        settled: identity.marks.settled,
+        settled_boot: identity.marks.settled_boot,
+        offered: identity.marks.offered,
+        member: Some(identity.member).filter(|&member| member != ReplicaId(0)),
+        shard: identity.shard,
+        told: inner.told.get(),
+    })
+}
+
+/// Whether the state here has this start of the pool, and so all that was decided before it.
+fn knows_this_start<E: Env>(inner: &Inner<E>) -> bool {
+    let own = inner.links.identity();
+    let state = inner.cluster.state();
+    let known = state.pool(own.pool).map(|pool| (pool.boot_counter, pool.incarnation));
+    known == Some((own.boot, own.incarnation))
 }
 
 fn space<E: Env>(inner: &Inner<E>) -> PoolSpace {
@@ -170,7 +189,8 @@ fn space<E: Env>(inner: &Inner<E>) -> PoolSpace {
 async fn round<E: Env>(inner: &Rc<Inner<E>>) {
     let own: Vec<(Replica, Option<Volume>)> = {
         let state = inner.cluster.state();
-        let own = state.replicas_on_shard(inner.config.node, inner.shard()).cloned();
+        let on_shard = state.replicas_on_shard(inner.config.node, inner.shard());
+        let own = on_shard.filter(|replica| replica.pool == inner.pool.id()).cloned();
         own.map(|replica| {
             let volume = state.volume_of_family(replica.family).cloned();
             (replica, volume)

@@ -156,14 +156,18 @@ fn pool(picture: &Picture, pool: &Pool, reasons: &mut Vec<api::HealthReason>) {
             return;
         }
         api::PoolState::Failed => {
-            let what = match picture.is_silent(pool) {
-                true => "does not answer, and its node does",
-                false => "failed",
+            let text = match picture.is_silent(pool) && pool.state == PoolState::Ok {
+                true => format!(
+                    "pool {id} ({shard}) of {on} does not answer, and its node does: it is being \
+                     opened, or was refused, or has failed; that node's log and `ballastctl \
+                     status` there say which"
+                ),
+                false => format!(
+                    "pool {id} ({shard}) of {on} failed: check its disk and the node's log, then \
+                     restart the node; if the disk is gone for good, give the pool up: \
+                     `ballastctl pool replace`"
+                ),
             };
-            let text = format!(
-                "pool {id} ({shard}) of {on} {what}: check its disk and the node's log, then \
-                 restart the node; or give the pool up: `ballastctl pool replace`"
-            );
             add("pool-failed", text);
         }
         _ => {}
