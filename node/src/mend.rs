@@ -1,10 +1,10 @@
 //! Mends what recovery or a read found damaged on this node's pool, from the peers.
 //!
-//! Retained log entries whose payload is damaged get it back by log id (hazard 20); where nobody has
-//! it, the log is given up to there, and who lacks it gets the difference; if it is not applied
-//! either, a leader steps aside. A suspect
-//! replica asks its leader to hand over, because only a leader of a newer term may bring it up
-//! (hazard F6). What can't be mended yet is tried again in the next round.
+//! Retained log entries whose payload is damaged get it back by log id (hazard 20). Where nobody has
+//! it any more, a leader gives its log up to there, and who lacks it gets the difference; if it is
+//! not applied either, the leader steps aside. A suspect replica asks its leader to hand over,
+//! because only a leader of a newer term may bring it up (hazard F6). What can't be mended yet is
+//! tried again in the next round.
 
 use std::collections::BTreeMap;
 use std::rc::{Rc, Weak};
@@ -101,10 +101,10 @@ async fn mend_entries<E: Env>(
     }
 }
 
-/// Gives up the log up to a damaged entry that is applied and that no peer has in its own log any more, or none that is
-/// heard. A leader can't send it, nor anything behind it to a member of which it does not know that
-/// it has it: that member could never acknowledge again. It gets the difference, whose blocks are
-/// had from any replica's map.
+/// Gives up the log up to a damaged entry that is applied and that no peer has in its own log any
+/// more, or none that is heard. A leader can't send it, nor anything behind it to a member of which
+/// it does not know that it has it: that member could never acknowledge again. It gets the
+/// difference, whose blocks are had from any replica's map.
 async fn give_up<E: Env>(inner: &Inner<E>, group: &Group<E>, id: LogId) {
     let replica = group.replica();
     if group.leading_term().is_none() {

@@ -68,9 +68,9 @@ pub(crate) struct Doors<E: Env>(Vec<Door<E>>);
 
 struct Door<E: Env> {
     way: mpsc::Sender<Arrival<E>>,
-    /// Shut until the shard takes connections in. One that waited while the shard's pool was being
-    /// opened could be from a process of the peer that has ended meanwhile: by what the shard knows
-    /// when it looks at it, the peer's pool would have gone back in time (hazard F5).
+    /// Shut until the shard takes connections in: one that waited while the shard's pool was being
+    /// opened could be from a process of the peer that has ended meanwhile, and would be turned away
+    /// as one whose pool looks older than what is known ([`crate::admission`]).
     is_open: Arc<AtomicBool>,
 }
 
