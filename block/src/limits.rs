@@ -299,6 +299,16 @@ pub const TCP_SILENCE_SECONDS_MAX: u32 = 30;
 /// Length of a volume's name, in bytes: a DNS label, as Kubernetes names are.
 pub const NAME_BYTES_MAX: usize = 63;
 
+/// Leases of one volume at a time: hosts that read it, or that write a shared raw block volume. More
+/// than any file system for shared blocks takes; each is fenced by an entry of the volume's own log.
+pub const LEASES_PER_VOLUME_MAX: usize = 64;
+
+/// Length of a host's name in a lease, in bytes: a DNS name, as Kubernetes nodes have.
+pub const HOST_NAME_BYTES_MAX: usize = 253;
+
+/// Length of the reason of a forced lease, in bytes: a sentence or two.
+pub const LEASE_REASON_BYTES_MAX: usize = 256;
+
 /// Length of a node's name, in bytes: a DNS subdomain, as Kubernetes nodes have.
 pub const NODE_NAME_BYTES_MAX: usize = 253;
 

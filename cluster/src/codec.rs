@@ -5,15 +5,16 @@ use std::collections::BTreeMap;
 
 use ballast_block::checksum::crc32;
 use ballast_block::limits::NODE_SHARDS_MAX;
-use ballast_block::{ClusterId, FamilyId, NodeId, PoolId, ReplicaId, ShardId, VolumeId};
+use ballast_block::{ClusterId, Epoch, FamilyId, NodeId, PoolId, ReplicaId, ShardId, VolumeId};
 use prost::Message;
 use thiserror::Error;
 
 use crate::command::READER_VERSION;
+use crate::leases::are_sound;
 use crate::state::{ClusterState, FIRST_REPLICA};
-use crate::view::{Node, Pool, Replica, ReplicaState, Volume, VolumePhase};
+use crate::view::{Lease, Node, Pool, Replica, ReplicaState, Volume, VolumePhase};
 use crate::wire::{
-    NodeRecord, PoolRecord, ReplicaRecord, StateRecord, UnknownNumber, VolumeRecord,
+    LeaseRecord, NodeRecord, PoolRecord, ReplicaRecord, StateRecord, UnknownNumber, VolumeRecord,
 };
 
 const MAGIC: [u8; 8] = *b"BLSTCLU1";
@@ -81,6 +82,9 @@ pub enum StateProblem {
     /// A replica is being removed and its volume is not being deleted, or the reverse.
     #[error("a replica is in a state that its volume's phase rules out")]
     PhaseMismatch,
+    /// A volume's leases can't stand beside each other, or have an epoch that was not given out.
+    #[error("a volume's leases contradict each other")]
+    LeaseMismatch,
 }
 
 impl From<UnknownNumber> for StateProblem {
@@ -117,7 +121,9 @@ impl ClusterState {
         let marked = self.pools.values().any(|pool| pool.mark != 0);
         let replaced = self.nodes.values().any(|node| node.member.is_some());
         // A volume's pools have its shard: looking at the pools is enough.
-        if self.pools.values().any(|pool| pool.shard != ShardId(0)) {
+        if self.volumes.values().any(|volume| volume.lease_revision != 0) {
+            4
+        } else if self.pools.values().any(|pool| pool.shard != ShardId(0)) {
             3
         } else if marked || replaced {
             2
@@ -206,6 +212,9 @@ impl ClusterState {
 
     fn check_volume(&self, volume: &Volume) -> Result<(), StateProblem> {
         let mut nodes = Vec::with_capacity(volume.replicas.len());
+        if !are_sound(volume) {
+            return Err(StateProblem::LeaseMismatch);
+        }
         if !volume.replicas.is_sorted_by(|a, b| a < b) {
             return Err(StateProblem::ReplicaMismatch);
         }
@@ -330,6 +339,9 @@ impl From<&Volume> for VolumeRecord {
             } else {
                 volume.founded_bytes
             },
+            leases: volume.leases.iter().map(LeaseRecord::from).collect(),
+            last_epoch: volume.last_epoch.0,
+            lease_revision: volume.lease_revision,
         };
         record.set_phase(volume.phase.into());
         record
@@ -355,6 +367,40 @@ impl TryFrom<VolumeRecord> for Volume {
             replicas: record.replicas.into_iter().map(ReplicaId).collect(),
             created_at_ms: record.created_at_ms,
             phase,
+            leases: record.leases.into_iter().map(Lease::try_from).collect::<Result<_, _>>()?,
+            last_epoch: Epoch(record.last_epoch),
+            lease_revision: record.lease_revision,
+        })
+    }
+}
+
+impl From<&Lease> for LeaseRecord {
+    fn from(lease: &Lease) -> Self {
+        let mut record = LeaseRecord {
+            host: lease.host.clone(),
+            mode: 0,
+            read_only: lease.read_only,
+            epoch: lease.epoch.0,
+            acquired_at_ms: lease.acquired_at_ms,
+            reason: lease.reason.clone(),
+        };
+        record.set_mode(lease.mode.into());
+        record
+    }
+}
+
+impl TryFrom<LeaseRecord> for Lease {
+    type Error = StateProblem;
+
+    fn try_from(record: LeaseRecord) -> Result<Self, StateProblem> {
+        let mode = record.mode().try_into()?;
+        Ok(Lease {
+            host: record.host,
+            mode,
+            read_only: record.read_only,
+            epoch: Epoch(record.epoch),
+            acquired_at_ms: record.acquired_at_ms,
+            reason: record.reason,
         })
     }
 }

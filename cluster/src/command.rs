@@ -2,15 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use ballast_block::{FamilyId, NodeId, PoolId, ReplicaId, ShardId, VolumeId};
+use ballast_block::{Epoch, FamilyId, NodeId, PoolId, ReplicaId, ShardId, VolumeId};
 use prost::Message;
 use thiserror::Error;
 
-use crate::view::{PoolSpace, PoolState};
-use crate::wire::{self, CommandKind, CommandRecord};
+use crate::view::{LeaseMode, PoolSpace, PoolState};
+use crate::wire::{CommandKind, CommandRecord};
 
 /// The newest commands and states that this build understands.
-pub const READER_VERSION: u32 = 3;
+pub const READER_VERSION: u32 = 4;
 
 /// One entry of the cluster group's log. Each may be applied twice: the second time changes nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,7 +62,7 @@ pub enum Command {
         /// Its new size in bytes.
         size_bytes: u64,
     },
-    /// Delete a volume. One that is gone is no change.
+    /// Delete a volume that nobody has a lease of. One that is gone is no change.
     DeleteVolume {
         /// Which.
         volume: VolumeId,
@@ -71,6 +71,18 @@ pub enum Command {
     ReplicaRemoved {
         /// Which.
         replica: ReplicaId,
+    },
+    /// Let a host use a volume. Same host, mode and access = the same lease.
+    AcquireLease(AcquireLease),
+    /// A host does not use a volume any more. What is not there is no change, nor is a lease that is
+    /// not the one named: a release that comes late must not end a later lease.
+    ReleaseLease {
+        /// Of which volume.
+        volume: VolumeId,
+        /// Whose.
+        host: String,
+        /// Which one; 0 = whichever the host has.
+        epoch: Epoch,
     },
 }
 
@@ -145,6 +157,28 @@ pub struct CreateVolume {
     pub replicas: u32,
     /// The proposer's wall clock, milliseconds since 1970. For people only.
     pub created_at_ms: u64,
+    /// Nodes where replicas are to lie if a pool there has room, the most wanted first. A wish: never
+    /// a reason to refuse, and no part of what makes a volume the same.
+    pub preferred: Vec<NodeId>,
+}
+
+/// See [`Command::AcquireLease`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AcquireLease {
+    /// Of which volume.
+    pub volume: VolumeId,
+    /// Who is to use it.
+    pub host: String,
+    /// How, and beside whom.
+    pub mode: LeaseMode,
+    /// Whether its writes are to be refused. Readers never write, whatever this says.
+    pub read_only: bool,
+    /// Take it from the hosts that stand in the way.
+    pub force: bool,
+    /// Why by force; means nothing without.
+    pub reason: String,
+    /// The proposer's wall clock, milliseconds since 1970. For people only.
+    pub at_ms: u64,
 }
 
 /// Bytes of the log that are not a command this build can apply.
@@ -182,6 +216,8 @@ impl Command {
             Command::ResizeVolume { .. } => "resize-volume",
             Command::DeleteVolume { .. } => "delete-volume",
             Command::ReplicaRemoved { .. } => "replica-removed",
+            Command::AcquireLease(_) => "acquire-lease",
+            Command::ReleaseLease { .. } => "release-lease",
         }
     }
 
@@ -189,6 +225,8 @@ impl Command {
     /// higher one, and may be proposed only when all registered nodes have it.
     pub fn min_reader(&self) -> u32 {
         match self {
+            Command::AcquireLease(_) | Command::ReleaseLease { .. } => 4,
+            Command::CreateVolume(it) if !it.preferred.is_empty() => 4,
             Command::NodeBooted(it) if it.shard != ShardId(0) || it.told.is_some() => 3,
             Command::NodeBooted(it) if it.offered != 0 || it.member.is_some() => 2,
             Command::ReplacePool { .. } | Command::ReplaceReplica { .. } => 2,
@@ -221,137 +259,4 @@ impl std::fmt::Display for Command {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.name())
     }
-}
-
-impl From<&Command> for CommandKind {
-    fn from(command: &Command) -> Self {
-        match command.clone() {
-            Command::RegisterNode(it) => CommandKind::RegisterNode(wire::RegisterNode {
-                node: it.node.0,
-                name: it.name,
-                peer_address: it.peer_address,
-                labels: it.labels,
-            }),
-            Command::NodeBooted(it) => CommandKind::NodeBooted(wire::NodeBooted {
-                node: it.node.0,
-                pool: it.pool.as_bytes().to_vec(),
-                shard: it.shard.0,
-                boot_counter: it.boot_counter,
-                incarnation: it.incarnation,
-                space: Some(it.space.into()),
-                settled: it.settled,
-                settled_boot: it.settled_boot,
-                offered: it.offered,
-                member: it.member.map_or(0, |member| member.0),
-                told_boot: it.told.map_or(0, |told| told.boot_counter),
-                told_incarnation: it.told.map_or(0, |told| told.incarnation),
-            }),
-            Command::ReplacePool { node, pool } => CommandKind::ReplacePool(wire::ReplacePool {
-                node: node.0,
-                pool: pool.as_bytes().to_vec(),
-            }),
-            Command::ReplaceReplica { replica } => {
-                CommandKind::ReplaceReplica(wire::ReplaceReplica { replica: replica.0 })
-            }
-            Command::ReportPool { pool, space, state } => {
-                CommandKind::ReportPool(wire::ReportPool {
-                    pool: pool.as_bytes().to_vec(),
-                    space: Some(space.into()),
-                    state: wire::PoolStateNumber::from(state).into(),
-                })
-            }
-            Command::CreateVolume(it) => CommandKind::CreateVolume(wire::CreateVolume {
-                volume: it.volume.as_bytes().to_vec(),
-                name: it.name,
-                size_bytes: it.size_bytes,
-                replicas: it.replicas,
-                created_at_ms: it.created_at_ms,
-            }),
-            Command::ReplicaReady { replica } => {
-                CommandKind::ReplicaReady(wire::ReplicaReady { replica: replica.0 })
-            }
-            Command::FamilyFormed { family } => {
-                CommandKind::FamilyFormed(wire::FamilyFormed { family: family.0 })
-            }
-            Command::ResizeVolume { volume, size_bytes } => {
-                let volume = volume.as_bytes().to_vec();
-                CommandKind::ResizeVolume(wire::ResizeVolume { volume, size_bytes })
-            }
-            Command::DeleteVolume { volume } => {
-                CommandKind::DeleteVolume(wire::DeleteVolume { volume: volume.as_bytes().to_vec() })
-            }
-            Command::ReplicaRemoved { replica } => {
-                CommandKind::ReplicaRemoved(wire::ReplicaRemoved { replica: replica.0 })
-            }
-        }
-    }
-}
-
-impl TryFrom<CommandKind> for Command {
-    type Error = CommandError;
-
-    fn try_from(kind: CommandKind) -> Result<Self, CommandError> {
-        Ok(match kind {
-            CommandKind::RegisterNode(it) => Command::RegisterNode(RegisterNode {
-                node: NodeId(it.node),
-                name: it.name,
-                peer_address: it.peer_address,
-                labels: it.labels,
-            }),
-            CommandKind::NodeBooted(it) => Command::NodeBooted(NodeBooted {
-                node: NodeId(it.node),
-                pool: PoolId::from_bytes(id_bytes(&it.pool)?),
-                shard: ShardId(it.shard),
-                boot_counter: it.boot_counter,
-                incarnation: it.incarnation,
-                space: it.space.unwrap_or_default().into(),
-                settled: it.settled,
-                settled_boot: it.settled_boot,
-                offered: it.offered,
-                member: (it.member != 0).then_some(ReplicaId(it.member)),
-                told: (it.told_boot != 0).then_some(PoolStart {
-                    boot_counter: it.told_boot,
-                    incarnation: it.told_incarnation,
-                }),
-            }),
-            CommandKind::ReplacePool(it) => Command::ReplacePool {
-                node: NodeId(it.node),
-                pool: PoolId::from_bytes(id_bytes(&it.pool)?),
-            },
-            CommandKind::ReplaceReplica(it) => {
-                Command::ReplaceReplica { replica: ReplicaId(it.replica) }
-            }
-            CommandKind::ReportPool(it) => Command::ReportPool {
-                pool: PoolId::from_bytes(id_bytes(&it.pool)?),
-                space: it.space.unwrap_or_default().into(),
-                state: PoolState::try_from(it.state())
-                    .map_err(|_| CommandError::Malformed("its pool state is unknown"))?,
-            },
-            CommandKind::CreateVolume(it) => Command::CreateVolume(CreateVolume {
-                volume: VolumeId::from_bytes(id_bytes(&it.volume)?),
-                name: it.name,
-                size_bytes: it.size_bytes,
-                replicas: it.replicas,
-                created_at_ms: it.created_at_ms,
-            }),
-            CommandKind::ReplicaReady(it) => {
-                Command::ReplicaReady { replica: ReplicaId(it.replica) }
-            }
-            CommandKind::FamilyFormed(it) => Command::FamilyFormed { family: FamilyId(it.family) },
-            CommandKind::ResizeVolume(it) => Command::ResizeVolume {
-                volume: VolumeId::from_bytes(id_bytes(&it.volume)?),
-                size_bytes: it.size_bytes,
-            },
-            CommandKind::DeleteVolume(it) => {
-                Command::DeleteVolume { volume: VolumeId::from_bytes(id_bytes(&it.volume)?) }
-            }
-            CommandKind::ReplicaRemoved(it) => {
-                Command::ReplicaRemoved { replica: ReplicaId(it.replica) }
-            }
-        })
-    }
-}
-
-fn id_bytes(bytes: &[u8]) -> Result<[u8; 16], CommandError> {
-    bytes.try_into().map_err(|_| CommandError::Malformed("an id is not 16 bytes"))
 }

@@ -4,11 +4,14 @@
 use std::collections::BTreeMap;
 
 use ballast_block::limits::{
-    LABEL_BYTES_MAX, NAME_BYTES_MAX, NODE_LABELS_MAX, NODE_NAME_BYTES_MAX, NODE_POOLS_MAX,
-    NODE_SHARDS_MAX, PEER_ADDRESS_BYTES_MAX, VOLUME_BYTES_MAX, VOLUME_BYTES_MIN,
+    HOST_NAME_BYTES_MAX, LABEL_BYTES_MAX, LEASE_REASON_BYTES_MAX, LEASES_PER_VOLUME_MAX,
+    NAME_BYTES_MAX, NODE_LABELS_MAX, NODE_NAME_BYTES_MAX, NODE_POOLS_MAX, NODE_SHARDS_MAX,
+    PEER_ADDRESS_BYTES_MAX, VOLUME_BYTES_MAX, VOLUME_BYTES_MIN,
 };
 use ballast_block::{BLOCK_SIZE, FamilyId, NodeId, PoolId, ReplicaId, ShardId, VolumeId};
 use thiserror::Error;
+
+use crate::view::LeaseMode;
 
 /// The kind of a refusal; each is the gRPC status code of the same name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -191,6 +194,33 @@ pub enum Refusal {
     /// See the message.
     #[error("pool {pool} can't be added: {node} has {NODE_POOLS_MAX} pools, which is its limit")]
     TooManyPools { node: NodeId, pool: PoolId },
+    /// See the message.
+    #[error(
+        "host name {host:?} is not valid: use 1 to {HOST_NAME_BYTES_MAX} of letters, digits, '.', \
+         '-' and '_'"
+    )]
+    HostInvalid { host: String },
+    /// See the message.
+    #[error(
+        "to take a lease of volume {name:?} by force, give a reason of 1 to \
+         {LEASE_REASON_BYTES_MAX} bytes without control characters: it is kept with the lease"
+    )]
+    LeaseReasonInvalid { name: String },
+    /// Another host's lease is in the way. `asked` says of what, and so what to do.
+    #[error("volume {name:?} is leased to host {host:?} ({mode}): {asked}")]
+    VolumeLeased { name: String, host: String, mode: LeaseMode, asked: Leased },
+    /// See the message.
+    #[error(
+        "host {host:?} has a lease of volume {name:?} already, and a different one ({mode}{}): \
+         release it first",
+        if *read_only { ", read-only" } else { "" }
+    )]
+    LeaseDiffers { name: String, host: String, mode: LeaseMode, read_only: bool },
+    /// See the message.
+    #[error(
+        "volume {name:?} has {LEASES_PER_VOLUME_MAX} leases, which is the limit: release one first"
+    )]
+    TooManyLeases { name: String },
     /// A refusal that came from the node that leads the cluster group, as it was worded there.
     #[error("{message}")]
     Forwarded { code: RefusalCode, message: String },
@@ -205,6 +235,8 @@ impl Refusal {
             | Refusal::VolumeSizeInvalid { .. }
             | Refusal::ReplicaCountInvalid { .. }
             | Refusal::ShrinkRefused { .. }
+            | Refusal::HostInvalid { .. }
+            | Refusal::LeaseReasonInvalid { .. }
             | Refusal::NodeInvalid { .. }
             | Refusal::ShardInvalid { .. }
             | Refusal::MemberOnOtherShard { .. }
@@ -216,6 +248,7 @@ impl Refusal {
             | Refusal::UnknownPool { .. } => Code::NotFound,
             Refusal::VolumeDiffers { .. }
             | Refusal::VolumeIdTaken { .. }
+            | Refusal::LeaseDiffers { .. }
             | Refusal::NodeDiffers { .. }
             | Refusal::NodeNameTaken { .. } => Code::AlreadyExists,
             Refusal::TooFewNodes { .. }
@@ -223,6 +256,7 @@ impl Refusal {
             | Refusal::TooFewUsableNodesOnOneShard { .. }
             | Refusal::VolumeNotReady { .. }
             | Refusal::VolumeBeingDeleted { .. }
+            | Refusal::VolumeLeased { .. }
             | Refusal::ReplicaLost { .. }
             | Refusal::ReplicaBeingRemoved { .. }
             | Refusal::ReplicaNotRemoving { .. }
@@ -235,6 +269,7 @@ impl Refusal {
             | Refusal::ReplicaNotReplaceable { .. } => Code::FailedPrecondition,
             Refusal::NoSpace { .. }
             | Refusal::NoSpaceOnOneShard { .. }
+            | Refusal::TooManyLeases { .. }
             | Refusal::TooManyNodes { .. }
             | Refusal::TooManyPools { .. } => Code::ResourceExhausted,
             Refusal::Forwarded { code, .. } => *code,
@@ -257,6 +292,22 @@ pub enum SizeProblem {
     /// It is over the limit.
     #[error("the largest volume has {VOLUME_BYTES_MAX} bytes")]
     TooLarge,
+}
+
+/// What another host's lease stands in the way of.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum Leased {
+    /// A lease that can't stand beside it.
+    #[error(
+        "release it there first (unpublish it), or, if that host is gone or cut off, take it over \
+         by force, with a reason"
+    )]
+    Acquire,
+    /// The deletion of the volume.
+    #[error(
+        "a volume in use is not deleted; release its leases first (see `ballastctl lease list`)"
+    )]
+    Delete,
 }
 
 /// What is wrong with a node's registration.

@@ -1,4 +1,5 @@
-//! The cluster group's replicated state: nodes, pools, volumes, replicas, and where they lie.
+//! The cluster group's replicated state: nodes, pools, volumes, replicas, where they lie,
+//! and who may use them.
 //!
 //! Owns the commands, what each does to the state, placement, and the format of both. A pure state
 //! machine: [`ClusterState::apply`] is a function of state and [`Command`] only, so that every
@@ -10,7 +11,9 @@
 
 mod codec;
 mod command;
+mod command_codec;
 mod error;
+mod leases;
 mod lineage;
 mod nodes;
 mod placement;
@@ -23,13 +26,16 @@ mod wire;
 
 pub use codec::{StateError, StateProblem};
 pub use command::{
-    Command, CommandError, CreateVolume, NodeBooted, PoolStart, READER_VERSION, RegisterNode,
+    AcquireLease, Command, CommandError, CreateVolume, NodeBooted, PoolStart, READER_VERSION,
+    RegisterNode,
 };
-pub use error::{NodeProblem, Refusal, RefusalCode, SizeProblem};
+pub use error::{Leased, NodeProblem, Refusal, RefusalCode, SizeProblem};
+pub use leases::{check_host, check_reason};
 pub use lineage::{Marks, Past};
 pub use reply_codec::ReplyError;
 pub use state::{ClusterState, Reply};
 pub use validate::{check_volume_name, check_volume_size};
 pub use view::{
-    Node, NodeState, Pool, PoolSpace, PoolState, Replica, ReplicaState, Volume, VolumePhase,
+    Lease, LeaseMode, Node, NodeState, Pool, PoolSpace, PoolState, Replica, ReplicaState, Volume,
+    VolumePhase,
 };

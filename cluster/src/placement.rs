@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ballast_block::limits::POOL_REPLICAS_MAX;
 use ballast_block::{NodeId, PoolId, ShardId};
 
+use crate::command::CreateVolume;
 use crate::error::Refusal;
 use crate::state::ClusterState;
 use crate::view::{Pool, PoolState, ReplicaState};
@@ -14,44 +15,54 @@ use crate::view::{Pool, PoolState, ReplicaState};
 /// What a pool is chosen by, the best one least.
 type Rank = (Reverse<u64>, usize, NodeId, PoolId);
 
-/// What a shard number is chosen by, the best one least: the free space of the worst pool that it
-/// would give, the replicas in all that it would give, its number.
-type ShardRank = (Reverse<u64>, usize, ShardId);
+/// What a shard number is chosen by, the best one least: the preferred nodes that it would leave out
+/// (the first of them first), the free space of the worst pool that it would give, the replicas in
+/// all that it would give, its number.
+type ShardRank = (Vec<bool>, Reverse<u64>, usize, ShardId);
 
 /// The nodes with a working pool of a shard number, each with its best pool that has space.
 type Candidates = BTreeMap<NodeId, Option<Rank>>;
 
-/// Chooses a shard number, and a pool of it on each of `wanted` different nodes. Among pools: most
-/// free space first, then fewest replicas, then by id; among shard numbers the one with the best
-/// pools by the same measure.
+/// Chooses a shard number, and a pool of it on each of as many different nodes as replicas are
+/// wanted. Preferred nodes come first, as far as they have a pool with space. Among pools: most free
+/// space first, then fewest replicas, then by id; among shard numbers the one with the best pools by
+/// the same measure.
 ///
 /// Volumes are thin, so a pool needs some free space, not the volume's size.
 pub fn choose(
     state: &ClusterState,
-    name: &str,
-    wanted: u32,
+    command: &CreateVolume,
 ) -> Result<(ShardId, Vec<(NodeId, PoolId)>), Refusal> {
+    let CreateVolume { name, replicas: wanted, preferred, .. } = command;
     let registered = count(state.nodes().count());
-    if registered < wanted {
-        return Err(Refusal::TooFewNodes { name: name.to_owned(), wanted, registered });
+    if registered < *wanted {
+        return Err(Refusal::TooFewNodes { name: name.clone(), wanted: *wanted, registered });
     }
     let shards = candidates(state);
     let mut best: Option<(ShardRank, Vec<Rank>)> = None;
     for (&shard, nodes) in &shards {
         let mut ranks: Vec<Rank> = nodes.values().copied().flatten().collect();
-        ranks.sort();
-        ranks.truncate(wanted as usize);
-        if count(ranks.len()) < wanted {
+        ranks.sort_by_key(|rank| (place_among(preferred, rank.2), *rank));
+        ranks.truncate(*wanted as usize);
+        if count(ranks.len()) < *wanted {
             continue;
         }
-        let Some(&(worst, ..)) = ranks.last() else { continue };
-        let rank = (worst, ranks.iter().map(|(_, replicas, ..)| replicas).sum(), shard);
+        let Some(worst) = ranks.iter().map(|(free, ..)| *free).max() else { continue };
+        let left_out = |node: &NodeId| ranks.iter().all(|rank| rank.2 != *node);
+        let left_out: Vec<bool> = preferred.iter().map(left_out).collect();
+        let replicas = ranks.iter().map(|(_, replicas, ..)| replicas).sum();
+        let rank = (left_out, worst, replicas, shard);
         if best.as_ref().is_none_or(|(best, _)| rank < *best) {
             best = Some((rank, ranks));
         }
     }
-    let Some(((.., shard), ranks)) = best else { return Err(shortage(&shards, name, wanted)) };
+    let Some(((.., shard), ranks)) = best else { return Err(shortage(&shards, name, *wanted)) };
     Ok((shard, ranks.into_iter().map(|(_, _, node, pool)| (node, pool)).collect()))
+}
+
+/// Nodes that nobody prefers come after all that somebody does.
+fn place_among(preferred: &[NodeId], node: NodeId) -> usize {
+    preferred.iter().position(|it| *it == node).unwrap_or(preferred.len())
 }
 
 fn candidates(state: &ClusterState) -> BTreeMap<ShardId, Candidates> {

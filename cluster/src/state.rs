@@ -38,7 +38,7 @@ pub struct ClusterState {
 pub enum Reply {
     /// It is so now, or was so before.
     Done,
-    /// The volume that was created, resized, or existed already, as it is now.
+    /// The volume that was created, resized, leased, or existed already, as it is now.
     Volume(Volume),
     /// A later start of the pool is known. If the process that reported this one lives, its pool went
     /// back in time: it says so by repeating its report with what it was told. Nothing was changed.
@@ -113,8 +113,12 @@ impl ClusterState {
             Command::ReplicaReady { replica } => self.replica_ready(replica),
             Command::FamilyFormed { family } => self.family_formed(family),
             Command::ResizeVolume { volume, size_bytes } => self.resize_volume(volume, size_bytes),
-            Command::DeleteVolume { volume } => Ok(self.delete_volume(volume)),
+            Command::DeleteVolume { volume } => self.delete_volume(volume),
             Command::ReplicaRemoved { replica } => self.replica_removed(replica),
+            Command::AcquireLease(it) => self.acquire_lease(it),
+            Command::ReleaseLease { volume, host, epoch } => {
+                self.release_lease(volume, &host, epoch)
+            }
         };
         match outcome {
             Ok(Outcome { reply, changed }) => {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use ballast_block::{FamilyId, NodeId, PoolId, ReplicaId, ShardId, VolumeId};
+use ballast_block::{Epoch, FamilyId, NodeId, PoolId, ReplicaId, ShardId, VolumeId};
 
 /// A storage node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -121,6 +121,86 @@ pub struct Volume {
     pub created_at_ms: u64,
     /// How far it got.
     pub phase: VolumePhase,
+    /// Who may use it, by host.
+    pub leases: Vec<Lease>,
+    /// The epoch of its last lease; 0 = it never had one. Only grows.
+    pub last_epoch: Epoch,
+    /// Raised with every change of `leases`, so that of two copies the newer one is known.
+    pub lease_revision: u64,
+}
+
+impl Volume {
+    /// The lease of a host.
+    pub fn lease(&self, host: &str) -> Option<&Lease> {
+        self.leases.iter().find(|lease| lease.host == host)
+    }
+
+    /// The lease with that epoch.
+    pub fn lease_of_epoch(&self, epoch: Epoch) -> Option<&Lease> {
+        self.leases.iter().find(|lease| lease.epoch == epoch)
+    }
+}
+
+/// Which host may use a volume, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lease {
+    /// The host: in Kubernetes, the node that the pod runs on.
+    pub host: String,
+    /// In which way, and beside whom.
+    pub mode: LeaseMode,
+    /// Whether its writes are refused.
+    pub read_only: bool,
+    /// Names the lease within its volume, for ever: a later one has a higher epoch.
+    pub epoch: Epoch,
+    /// When it was asked for, milliseconds since 1970 by the proposer's wall clock. For people only.
+    pub acquired_at_ms: u64,
+    /// Why it was taken by force; else empty.
+    pub reason: String,
+}
+
+/// What a lease is for. Only leases of one of the last two modes may stand beside each other, and
+/// only with their like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum LeaseMode {
+    /// One host, one use of it there.
+    SingleNodeWriter,
+    /// One host, several uses of it there.
+    SingleNodeMultiWriter,
+    /// One host, and one publish target on it: ReadWriteOncePod.
+    SingleNodePublisher,
+    /// Many hosts that read. Always read-only.
+    Readers,
+    /// Many hosts that write: raw blocks only, they must agree among themselves.
+    Writers,
+}
+
+impl LeaseMode {
+    /// Whether several hosts may have a lease of this mode at a time.
+    pub fn is_shared(self) -> bool {
+        matches!(self, LeaseMode::Readers | LeaseMode::Writers)
+    }
+
+    /// Whether a lease of this mode may stand beside another host's of that mode.
+    pub fn goes_with(self, other: LeaseMode) -> bool {
+        self == other && self.is_shared()
+    }
+
+    /// Its name, for people and for the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            LeaseMode::SingleNodeWriter => "single-node-writer",
+            LeaseMode::SingleNodeMultiWriter => "single-node-multi-writer",
+            LeaseMode::SingleNodePublisher => "single-node-publisher",
+            LeaseMode::Readers => "readers",
+            LeaseMode::Writers => "writers",
+        }
+    }
+}
+
+impl std::fmt::Display for LeaseMode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 /// How far a volume got.

@@ -1,9 +1,9 @@
 //! Commands about volumes and their replicas.
 
-use ballast_block::{FamilyId, ReplicaId, VolumeId};
+use ballast_block::{Epoch, FamilyId, ReplicaId, VolumeId};
 
 use crate::command::CreateVolume;
-use crate::error::Refusal;
+use crate::error::{Leased, Refusal};
 use crate::placement;
 use crate::state::{ClusterState, Outcome, Reply};
 use crate::validate::{check_create_volume, check_volume_size};
@@ -19,7 +19,7 @@ impl ClusterState {
             let name = volume.name.clone();
             return Err(Refusal::VolumeIdTaken { volume: command.volume, name });
         }
-        let (shard, places) = placement::choose(self, &command.name, command.replicas)?;
+        let (shard, places) = placement::choose(self, &command)?;
         let family = FamilyId(self.next_family);
         self.next_family += 1;
         let mut replicas = Vec::with_capacity(places.len());
@@ -41,6 +41,9 @@ impl ClusterState {
             replicas,
             created_at_ms: command.created_at_ms,
             phase: VolumePhase::Creating,
+            leases: Vec::new(),
+            last_epoch: Epoch(0),
+            lease_revision: 0,
         };
         self.names.insert(volume.name.clone(), volume.id);
         self.families.insert(family, volume.id);
@@ -92,10 +95,15 @@ impl ClusterState {
         Ok(Outcome { reply: Reply::Volume(volume.clone()), changed })
     }
 
-    pub(crate) fn delete_volume(&mut self, id: VolumeId) -> Outcome {
-        let Some(volume) = self.volumes.get_mut(&id) else { return Outcome::done(false) };
+    pub(crate) fn delete_volume(&mut self, id: VolumeId) -> Result<Outcome, Refusal> {
+        let Some(volume) = self.volumes.get_mut(&id) else { return Ok(Outcome::done(false)) };
         if volume.phase == VolumePhase::Deleting {
-            return Outcome::done(false);
+            return Ok(Outcome::done(false));
+        }
+        if let Some(lease) = volume.leases.first() {
+            let (name, host) = (volume.name.clone(), lease.host.clone());
+            let asked = Leased::Delete;
+            return Err(Refusal::VolumeLeased { name, host, mode: lease.mode, asked });
         }
         volume.phase = VolumePhase::Deleting;
         self.names.remove(&volume.name);
@@ -109,7 +117,7 @@ impl ClusterState {
         }
         let family = volume.family;
         self.drop_if_removed(family);
-        Outcome::done(true)
+        Ok(Outcome::done(true))
     }
 
     pub(crate) fn replica_removed(&mut self, id: ReplicaId) -> Result<Outcome, Refusal> {

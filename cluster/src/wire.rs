@@ -11,7 +11,7 @@ use crate::view;
 pub struct CommandRecord {
     #[prost(uint32, tag = "1")]
     pub min_reader: u32,
-    #[prost(oneof = "CommandKind", tags = "16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26")]
+    #[prost(oneof = "CommandKind", tags = "16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28")]
     pub kind: Option<CommandKind>,
 }
 
@@ -39,6 +39,10 @@ pub enum CommandKind {
     ReplacePool(ReplacePool),
     #[prost(message, tag = "26")]
     ReplaceReplica(ReplaceReplica),
+    #[prost(message, tag = "27")]
+    AcquireLease(AcquireLease),
+    #[prost(message, tag = "28")]
+    ReleaseLease(ReleaseLease),
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -117,6 +121,8 @@ pub struct CreateVolume {
     pub replicas: u32,
     #[prost(uint64, tag = "5")]
     pub created_at_ms: u64,
+    #[prost(uint32, repeated, tag = "6")]
+    pub preferred: Vec<u32>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -149,6 +155,34 @@ pub struct DeleteVolume {
 pub struct ReplicaRemoved {
     #[prost(uint64, tag = "1")]
     pub replica: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct AcquireLease {
+    #[prost(bytes = "vec", tag = "1")]
+    pub volume: Vec<u8>,
+    #[prost(string, tag = "2")]
+    pub host: String,
+    #[prost(enumeration = "LeaseModeNumber", tag = "3")]
+    pub mode: i32,
+    #[prost(bool, tag = "4")]
+    pub read_only: bool,
+    #[prost(bool, tag = "5")]
+    pub force: bool,
+    #[prost(string, tag = "6")]
+    pub reason: String,
+    #[prost(uint64, tag = "7")]
+    pub at_ms: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct ReleaseLease {
+    #[prost(bytes = "vec", tag = "1")]
+    pub volume: Vec<u8>,
+    #[prost(string, tag = "2")]
+    pub host: String,
+    #[prost(uint64, tag = "3")]
+    pub epoch: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -244,6 +278,28 @@ pub struct VolumeRecord {
     pub founded_bytes: u64,
     #[prost(uint32, tag = "10")]
     pub shard: u32,
+    #[prost(message, repeated, tag = "11")]
+    pub leases: Vec<LeaseRecord>,
+    #[prost(uint64, tag = "12")]
+    pub last_epoch: u64,
+    #[prost(uint64, tag = "13")]
+    pub lease_revision: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct LeaseRecord {
+    #[prost(string, tag = "1")]
+    pub host: String,
+    #[prost(enumeration = "LeaseModeNumber", tag = "2")]
+    pub mode: i32,
+    #[prost(bool, tag = "3")]
+    pub read_only: bool,
+    #[prost(uint64, tag = "4")]
+    pub epoch: u64,
+    #[prost(uint64, tag = "5")]
+    pub acquired_at_ms: u64,
+    #[prost(string, tag = "6")]
+    pub reason: String,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -363,6 +419,10 @@ numbers!(PoolStateNumber for view::PoolState { Ok = 1, Failed = 2, Lost = 3 });
 numbers!(VolumePhaseNumber for view::VolumePhase { Creating = 1, Ready = 2, Deleting = 3 });
 numbers!(ReplicaStateNumber for view::ReplicaState {
     Creating = 1, Ready = 2, Lost = 3, Removing = 4, Removed = 5,
+});
+numbers!(LeaseModeNumber for view::LeaseMode {
+    SingleNodeWriter = 1, SingleNodeMultiWriter = 2, SingleNodePublisher = 3, Readers = 4,
+    Writers = 5,
 });
 numbers!(RefusalCodeNumber for crate::error::RefusalCode {
     InvalidArgument = 1, NotFound = 2, AlreadyExists = 3, FailedPrecondition = 4,

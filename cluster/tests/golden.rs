@@ -5,21 +5,24 @@ mod common;
 
 use ballast_block::{FamilyId, NodeId, ReplicaId};
 use ballast_cluster::{
-    ClusterState, Command, CommandError, NodeBooted, PoolStart, PoolState, Refusal, RefusalCode,
-    Reply, StateError,
+    AcquireLease, ClusterState, Command, CommandError, LeaseMode, NodeBooted, PoolStart, PoolState,
+    Refusal, RefusalCode, Reply, StateError,
 };
 use common::{
-    booted, booted_with, cluster_of, cluster_of_shards, create, on_shard, pool_id, ready_volume,
-    register, report, volume_id,
+    acquire, booted, booted_with, cluster_of, cluster_of_shards, create, forced, on_shard, pool_id,
+    preferring, ready_volume, register, release, report, volume_id,
 };
 
 const COMMANDS: &str = include_str!("golden/commands-v1.txt");
 const COMMANDS_2: &str = include_str!("golden/commands-v2.txt");
 const COMMANDS_3: &str = include_str!("golden/commands-v3.txt");
+const COMMANDS_4: &str = include_str!("golden/commands-v4.txt");
 const REPLIES: &str = include_str!("golden/replies-v1.txt");
 const REPLIES_2: &str = include_str!("golden/replies-v2.txt");
+const REPLIES_4: &str = include_str!("golden/replies-v4.txt");
 const STATE: &str = include_str!("golden/state-v1.txt");
 const STATE_3: &str = include_str!("golden/state-v3.txt");
+const STATE_4: &str = include_str!("golden/state-v4.txt");
 
 fn one_of_each() -> Vec<Command> {
     vec![
@@ -106,6 +109,21 @@ fn commands_v3() {
     compare_commands(COMMANDS_3, vec![booted, older]);
 }
 
+/// What came with reader version 4: leases, and nodes that are preferred.
+#[test]
+fn commands_v4() {
+    let reader = AcquireLease { read_only: true, ..acquire(3, "n2", LeaseMode::Readers) };
+    let commands = vec![
+        preferring(&[3, 1], create("pvc-1", 3, 3)),
+        Command::AcquireLease(acquire(3, "n1", LeaseMode::SingleNodeWriter)),
+        Command::AcquireLease(forced(reader, "n1 burnt down")),
+        release(3, "n1", 0),
+        release(3, "n1", 7),
+    ];
+    assert!(commands.iter().all(|command| command.min_reader() == 4));
+    compare_commands(COMMANDS_4, commands);
+}
+
 #[test]
 fn replies_v1() {
     let mut state = cluster_of(3);
@@ -158,6 +176,43 @@ fn state_v3() {
     assert_eq!(ClusterState::decode(&unhex(&golden)), Ok(state));
 }
 
+/// Leases of every mode, a forced one, and a volume whose only one was released.
+fn one_of_each_lease() -> ClusterState {
+    use LeaseMode::*;
+    let mut state = cluster_of(3);
+    let modes = [SingleNodeWriter, SingleNodeMultiWriter, SingleNodePublisher, Readers, Writers];
+    for (id, mode) in (1..).zip(modes) {
+        ready_volume(&mut state, &format!("v-{id}"), id, 1);
+        for host in ["n2", "n1"] {
+            let lease = forced(acquire(id, host, mode), "n2 is cut off");
+            state.apply(Command::AcquireLease(lease));
+        }
+    }
+    ready_volume(&mut state, "released", 6, 1);
+    let read_only = AcquireLease { read_only: true, ..acquire(6, "n1", SingleNodeWriter) };
+    state.apply(Command::AcquireLease(read_only));
+    state.apply(release(6, "n1", 1));
+    state
+}
+
+#[test]
+fn state_v4() {
+    let state = one_of_each_lease();
+    assert_eq!(state.volumes().map(|it| it.leases.len()).collect::<Vec<_>>(), [1, 1, 1, 2, 2, 0]);
+    let golden: String = STATE_4.lines().collect();
+    assert_eq!(golden, hex(&state.encode()));
+    assert_eq!(ClusterState::decode(&unhex(&golden)), Ok(state));
+}
+
+#[test]
+fn replies_v4() {
+    let state = one_of_each_lease();
+    let leased = state.find_volume("v-4").expect("it was made").clone();
+    let reply = Reply::Volume(leased);
+    assert_eq!(REPLIES_4, hex(&reply.encode()) + "\n");
+    assert_eq!(Reply::decode(&unhex(REPLIES_4.trim())), Ok(reply));
+}
+
 #[test]
 fn damage_is_found() {
     let bytes = one_of_everything().encode();
@@ -174,9 +229,9 @@ fn damage_is_found() {
 
 #[test]
 fn what_is_too_new_is_not_skipped() {
-    // min_reader (field 1) = 4, and a kind (field 99) that nobody knows.
-    let newer = [0x08, 4, 0x9a, 0x06, 0];
-    assert_eq!(Command::decode(&newer), Err(CommandError::TooNew { needs: 4 }));
+    // min_reader (field 1) = 5, and a kind (field 99) that nobody knows.
+    let newer = [0x08, 5, 0x9a, 0x06, 0];
+    assert_eq!(Command::decode(&newer), Err(CommandError::TooNew { needs: 5 }));
     let unknown_kind = [0x08, 1, 0x9a, 0x06, 0];
     assert!(matches!(Command::decode(&unknown_kind), Err(CommandError::Malformed(_))));
     assert!(matches!(Command::decode(&[]), Err(CommandError::Malformed(_))));

@@ -8,7 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use ballast_block::{ClusterId, NodeId, PoolId, ShardId};
 use ballast_cluster::{ClusterState, Pool, PoolState, Refusal, RefusalCode, ReplicaState, Reply};
 use common::{
-    booted_with, cluster_of_shards, create, created, on_shard, refused, register, report,
+    booted_with, cluster_of_shards, create, created, on_shard, preferring, refused, register,
+    report,
 };
 use proptest::prelude::*;
 
@@ -115,6 +116,45 @@ proptest! {
     ) {
         compare(cluster(&pools), &wanted);
     }
+}
+
+#[test]
+fn preferred_nodes_come_first_and_are_no_reason_to_fail() {
+    let nodes = |state: &ClusterState, reply: Reply| -> Vec<u32> {
+        let volume = created(reply);
+        state.replicas_of(volume.family).map(|replica| replica.node.0).collect()
+    };
+    let mut state = cluster_of_shards(4, 1);
+    let reply = state.apply(preferring(&[3], create("a", 1, 1)));
+    assert_eq!(nodes(&state, reply), [3]);
+    let reply = state.apply(preferring(&[4, 2], create("b", 2, 3)));
+    assert_eq!(nodes(&state, reply), [4, 2, 1], "in their order, then as ever");
+    // Unknown ones, repeated ones and more than replicas.
+    let reply = state.apply(preferring(&[9, 3, 3, 2, 1], create("c", 3, 1)));
+    assert_eq!(nodes(&state, reply), [3]);
+    state.apply(report(30, PoolState::Failed, 1 << 30, 0));
+    state.apply(report(40, PoolState::Ok, 1 << 30, 1 << 30));
+    let reply = state.apply(preferring(&[3, 4, 2], create("d", 4, 1)));
+    assert_eq!(nodes(&state, reply), [2], "a failed pool and a full one are passed by");
+    let reply = state.apply(preferring(&[3], create("e", 5, 1)));
+    assert_eq!(nodes(&state, reply), [1]);
+    let same = created(state.apply(preferring(&[1], create("d", 6, 1))));
+    assert_eq!(nodes(&state, Reply::Volume(same)), [2], "no part of what makes it the same");
+}
+
+#[test]
+fn preferred_nodes_choose_the_shard() {
+    let mut state = cluster_of_shards(3, 2);
+    // Shard 0 is better by space, and can't do without node 3.
+    for pool in [10, 20] {
+        state.apply(report(pool, PoolState::Ok, 1 << 31, 0));
+    }
+    state.apply(report(30, PoolState::Failed, 1 << 30, 0));
+    assert_eq!(created(state.apply(create("a", 1, 1))).shard, ShardId(0));
+    let volume = created(state.apply(preferring(&[3, 1], create("b", 2, 1))));
+    assert_eq!(volume.shard, ShardId(1), "the first one counts more than the second");
+    let nodes: Vec<u32> = state.replicas_of(volume.family).map(|it| it.node.0).collect();
+    assert_eq!(nodes, [3]);
 }
 
 #[test]

@@ -5,9 +5,20 @@ mod common;
 use std::collections::{BTreeMap, BTreeSet};
 
 use ballast_block::{ClusterId, FamilyId, NodeId, ReplicaId};
-use ballast_cluster::{ClusterState, Command, PoolState, ReplicaState, Reply};
-use common::{MIB, booted_with, create_sized, on_shard, pool_id, register, report, volume_id};
+use ballast_cluster::{ClusterState, Command, LeaseMode, PoolState, ReplicaState, Reply};
+use common::{
+    MIB, acquire, booted_with, create_sized, forced, on_shard, pool_id, preferring, register,
+    release, report, volume_id,
+};
 use proptest::prelude::*;
+
+const MODES: [LeaseMode; 5] = [
+    LeaseMode::SingleNodeWriter,
+    LeaseMode::SingleNodeMultiWriter,
+    LeaseMode::SingleNodePublisher,
+    LeaseMode::Readers,
+    LeaseMode::Writers,
+];
 
 /// Few nodes, pools, names and counters, so that commands meet.
 fn command() -> impl Strategy<Value = Command> {
@@ -38,7 +49,10 @@ fn command() -> impl Strategy<Value = Command> {
             report(pool, state, capacity << 30, used << 30)
         }),
         6 => ("[a-d]", 1..12_u8, prop::sample::select(vec![1, 1, 3, 3, 5, 2]), 1..3_u64)
-            .prop_map(|(name, id, replicas, size)| create_sized(&name, id, replicas, size * MIB)),
+            .prop_map(|(name, id, replicas, size)| {
+                let create = create_sized(&name, id, replicas, size * MIB);
+                if id % 3 == 0 { preferring(&[u32::from(id), 2], create) } else { create }
+            }),
         6 => replica.clone().prop_map(|replica| Command::ReplicaReady { replica }),
         3 => (1..16_u64).prop_map(|family| Command::FamilyFormed { family: FamilyId(family) }),
         2 => (1..12_u8, 0..5_u64).prop_map(|(id, size)| Command::ResizeVolume {
@@ -47,6 +61,12 @@ fn command() -> impl Strategy<Value = Command> {
         }),
         3 => (1..12_u8).prop_map(|id| Command::DeleteVolume { volume: volume_id(id) }),
         6 => replica.prop_map(|replica| Command::ReplicaRemoved { replica }),
+        4 => (1..12_u8, "[a-c]", 0..5_usize, any::<bool>()).prop_map(|(id, host, mode, force)| {
+            let lease = acquire(id, &host, MODES[mode]);
+            Command::AcquireLease(if force { forced(lease, "in the way") } else { lease })
+        }),
+        3 => (1..12_u8, "[a-c]", 0..3_u64)
+            .prop_map(|(id, host, epoch)| release(id, &host, epoch)),
     ]
 }
 

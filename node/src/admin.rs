@@ -163,6 +163,7 @@ impl<E: Env> Node<E> {
             size_bytes,
             replicas,
             created_at_ms: env.wall_ms(),
+            preferred: Vec::new(),
         });
         let volume = match self.inner.cluster.propose(&command).await? {
             Reply::Volume(volume) => volume,

@@ -3,10 +3,10 @@
 
 use std::collections::BTreeMap;
 
-use ballast_block::{ClusterId, NodeId, PoolId, ShardId, VolumeId};
+use ballast_block::{ClusterId, Epoch, NodeId, PoolId, ShardId, VolumeId};
 use ballast_cluster::{
-    ClusterState, Command, CreateVolume, NodeBooted, PoolSpace, PoolState, Refusal, RegisterNode,
-    Reply, Volume,
+    AcquireLease, ClusterState, Command, CreateVolume, LeaseMode, NodeBooted, PoolSpace, PoolState,
+    Refusal, RegisterNode, Reply, Volume,
 };
 
 pub const MIB: u64 = 1 << 20;
@@ -90,7 +90,37 @@ pub fn create_sized(name: &str, id: u8, replicas: u32, size_bytes: u64) -> Comma
         size_bytes,
         replicas,
         created_at_ms: CREATED_AT_MS,
+        preferred: Vec::new(),
     })
+}
+
+/// The same volume, wished on those nodes.
+pub fn preferring(nodes: &[u32], create: Command) -> Command {
+    let Command::CreateVolume(mut create) = create else { panic!("not a creation: {create}") };
+    create.preferred = nodes.iter().copied().map(NodeId).collect();
+    Command::CreateVolume(create)
+}
+
+/// A lease of volume N for a host, not forced, not read-only.
+pub fn acquire(id: u8, host: &str, mode: LeaseMode) -> AcquireLease {
+    AcquireLease {
+        volume: volume_id(id),
+        host: host.to_owned(),
+        mode,
+        read_only: false,
+        force: false,
+        reason: String::new(),
+        at_ms: CREATED_AT_MS,
+    }
+}
+
+pub fn forced(lease: AcquireLease, reason: &str) -> AcquireLease {
+    AcquireLease { force: true, reason: reason.to_owned(), ..lease }
+}
+
+/// `epoch` 0 = whichever it has.
+pub fn release(id: u8, host: &str, epoch: u64) -> Command {
+    Command::ReleaseLease { volume: volume_id(id), host: host.to_owned(), epoch: Epoch(epoch) }
 }
 
 /// `nodes` nodes, each with one empty pool of 1 GiB.

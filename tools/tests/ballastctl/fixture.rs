@@ -331,6 +331,7 @@ impl Admin for Fixture {
             size_bytes: request.size_bytes,
             replicas: if request.replicas == 0 { 3 } else { request.replicas },
             created_at_ms: 1_700_000_000_000,
+            preferred: Vec::new(),
         }))?;
         let Reply::Volume(volume) = reply else { panic!("not a volume") };
         Ok(Response::new(v1::CreateVolumeResponse { volume: Some(world.volume(&volume)) }))
