@@ -378,9 +378,8 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let log = self.supervisor.log();
-            let tail: Vec<&str> = log.lines().rev().take(40).collect();
-            eprintln!("the end of ballastd dev's log, last line first:\n{}", tail.join("\n"));
+            print_end("ballastd dev", &self.supervisor);
+            self.restarted.iter().for_each(|(id, it)| print_end(&format!("node {id}"), it));
         }
         // First the supervisor, which might start nodes again, then whatever names our folder.
         let _ = process::output("kill", &["-KILL", &self.supervisor.pid().to_string()]);
@@ -400,6 +399,12 @@ impl Drop for Cluster {
             }
         }
     }
+}
+
+fn print_end(name: &str, process: &Running) {
+    let log = process.log();
+    let tail: Vec<&str> = log.lines().rev().take(40).collect();
+    eprintln!("the end of {name}'s log, last line first:\n{}", tail.join("\n"));
 }
 
 fn start_dev(scratch: &Scratch, options: &Options) -> Running {

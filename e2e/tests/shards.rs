@@ -6,14 +6,22 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use ballast_e2e::cluster::{Cluster, Options};
+use ballast_e2e::disk::FailingDisk;
 use ballast_e2e::process::{self, output, run};
 use ballast_e2e::scratch;
-use ballast_e2e::verify::Verify;
+use ballast_e2e::verify::{Verify, unix_ms};
 use ballast_e2e::wait;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
 const POOL_SIZE: &str = "512MiB";
+
+/// What volumes of other shards may wait when a pool fails, in milliseconds: nothing, but that this
+/// machine does all at once.
+const UNTOUCHED_STALL_MS_MAX: u64 = 500;
+
+/// What a volume may wait whose leader's pool fails, in milliseconds: as when its node dies.
+const FAILOVER_STALL_MS_MAX: u64 = 5000;
 
 /// Nodes with several pools, and volumes until every shard has one.
 fn start(test: &str, nodes: u32, pools: u32) -> (Cluster, BTreeMap<u64, String>) {
@@ -218,6 +226,86 @@ fn a_further_pool_that_is_lost_ends_alone_and_is_replaced() {
     for one in loads {
         one.finish().assert_ok();
     }
+}
+
+/// Has node 2 use its pool of shard 1 through a disk that can fail.
+fn on_failing_disk(cluster: &mut Cluster) -> FailingDisk {
+    stop(cluster, 2);
+    let pool = pool_file(cluster, 2, 1);
+    let behind = pool.with_extension("behind");
+    std::fs::rename(&pool, &behind).expect("a file can be renamed");
+    let disk = FailingDisk::over(&cluster.scratch, &behind);
+    put_pool_1_at(cluster, "pool-1", &disk.path.display().to_string());
+    cluster.restart(2);
+    disk
+}
+
+/// Changes where node 2's configuration has its pool of shard 1.
+fn put_pool_1_at(cluster: &Cluster, from: &str, to: &str) {
+    let config = config_file(cluster, 2);
+    let text = std::fs::read_to_string(&config).expect("a file can be read");
+    let (from, to) = (format!("\"{from}\""), format!("\"{to}\""));
+    assert!(text.contains(&from), "{from} is not in {text}");
+    std::fs::write(&config, text.replace(&from, &to)).expect("a file can be written");
+}
+
+#[test]
+fn a_further_pool_that_fails_while_it_serves_ends_alone_and_is_replaced() {
+    let (mut cluster, volumes) = start("shard-fails", 3, 2);
+    let disk = on_failing_disk(&mut cluster);
+    volumes.values().for_each(|volume| cluster.wait_in_sync(volume));
+    let mut loads =
+        [load(&cluster, &volumes[&0], [1, 3, 2]), load(&cluster, &volumes[&1], [1, 3, 2])];
+    let progress = |loads: &mut [Verify; 2]| loads.iter_mut().for_each(|one| one.progress(200, 60));
+    progress(&mut loads);
+    // The worst case: what fails is what the others wait for.
+    cluster.move_leader(&volumes[&1], 2);
+    progress(&mut loads);
+    let node = cluster.node(2);
+    let from = unix_ms();
+    disk.fail();
+    wait::until_true("the shard's end is seen", 60, || {
+        of_shard(&cluster, 2, "ballast_pool_failed", 1) == Some(1.0)
+    });
+    progress(&mut loads);
+    for (asked, code) in [(2, "shard-ended"), (1, "pool-failed"), (2, "pool-failed")] {
+        wait::until_true(code, 60, || cluster.ballastctl(asked, &["status"]).contains(code));
+    }
+    progress(&mut loads);
+    let to = unix_ms();
+    assert_ne!(cluster.leader(&volumes[&1]), 2);
+    assert!(process::is_alive(node.pid) && cluster.node(2).pid == node.pid, "the node stays");
+    assert!(cluster.is_ready(2));
+    assert_eq!(of_shard(&cluster, 2, "ballast_shard_up", 1), Some(0.0));
+    assert_eq!(of_shard(&cluster, 2, "ballast_shard_up", 0), Some(1.0));
+    let failed = pools(&cluster, 1, 2);
+    assert_eq!((&failed[&0]["state"], &failed[&1]["state"]), (&"ok".into(), &"failed".into()));
+    cluster.wait_in_sync(&volumes[&0]);
+    cluster.move_leader(&volumes[&0], 2);
+
+    let lost = failed[&1]["id"].as_str().expect("an id");
+    let told = json(&cluster, 1, &["pool", "replace", "--node", "2", "--pool", lost, "--yes"]);
+    assert_eq!((&told["shard"], &told["without_number"]), (&1.into(), &true.into()), "{told}");
+    put_pool_1_at(&cluster, &disk.path.display().to_string(), "pool-1");
+    let config = config_file(&cluster, 2).display().to_string();
+    let program = scratch::program("ballastd").display().to_string();
+    run(&program, &["format", "--config", &config, "--create", POOL_SIZE, "--shard", "1"]);
+    stop(&mut cluster, 2);
+    cluster.restart(2);
+    drop(disk);
+    volumes.values().for_each(|volume| cluster.wait_in_sync(volume));
+    assert!(loads.iter().all(|one| one.lost.is_empty()), "a client's connection broke");
+    // The replacement counts: without it there would be no majority now.
+    cluster.kill(3);
+    progress(&mut loads);
+    let reports = loads.map(Verify::finish);
+    reports.iter().for_each(|report| report.assert_ok());
+    let stalls = reports.map(|report| report.longest_stall_between(from, to));
+    println!("stalls in ms of volumes on shards 0 and 1 (0: under 100): {stalls:?}");
+    assert!(
+        stalls[0] <= UNTOUCHED_STALL_MS_MAX && stalls[1] <= FAILOVER_STALL_MS_MAX,
+        "{stalls:?}"
+    );
 }
 
 #[test]
