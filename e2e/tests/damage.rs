@@ -95,7 +95,12 @@ fn a_rolled_back_pool_is_refused_for_ever_and_replaced() {
 /// What `ballast-inspect` says of the pool of a node that does not run: its exit code and all.
 fn inspect(cluster: &Cluster, id: u32, more: &[&str]) -> (i32, Value) {
     let program = scratch::program("ballast-inspect").display().to_string();
-    let pool = pool_file(cluster, id).display().to_string();
+    let pool = pool_file(cluster, id);
+    let file = std::fs::File::open(&pool).expect("the pool file is there");
+    // What a killed process had begun to write may end after it; then the kernel lets go of the file.
+    wait::until_true("the end of all writes", 20, || file.try_lock().is_ok());
+    drop(file);
+    let pool = pool.display().to_string();
     let answer = output(&program, &[&["-o", "json"], more, &[&pool]].concat());
     let text = String::from_utf8_lossy(&answer.stdout);
     let json: Value = serde_json::from_str(&text).unwrap_or_else(|error| {
@@ -161,7 +166,8 @@ fn with_damage(
         place["kind"] == kind && (place["family"] == DEMO || replicas.contains(&place["replica"]))
     };
     let of_pool = |place: &&Value| place["kind"] == kind && kind == "superblock";
-    // What lies in the log comes in the log's order: what is behind the middle proves it.
+    // What lies in the log comes in the log's order. By offset the log's end may be the middle: a
+    // node takes free segments from the pool's start on, each time that it starts.
     let places = places(&before);
     let found: Vec<&Value> = places.iter().filter(|place| ours(place) || of_pool(place)).collect();
     assert!(!found.is_empty(), "no {kind} among {} places", places.len());
