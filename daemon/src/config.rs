@@ -138,13 +138,26 @@ pub struct RaftTimes {
 pub struct Volumes {
     /// Whether a volume's leader moves to the node that serves its writer.
     pub leader_follows_writer: bool,
+    /// Whether an export needs a lease.
+    pub leases: Leases,
     /// Log kept per volume for followers that lag.
     pub retention: Option<Size>,
 }
 
+/// Whether an export needs a lease.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Leases {
+    /// Always.
+    #[default]
+    Required,
+    /// Whoever connects may use a volume that has none: for development.
+    Optional,
+}
+
 impl Default for Volumes {
     fn default() -> Self {
-        Self { leader_follows_writer: true, retention: None }
+        Self { leader_follows_writer: true, leases: Leases::Required, retention: None }
     }
 }
 
@@ -261,6 +274,7 @@ mod tests {
         assert_eq!(plain.raft, settings.raft);
         assert_eq!(plain.retention_bytes, settings.retention_bytes);
         assert_eq!(plain.leader_follows_writer, settings.leader_follows_writer);
+        assert_eq!(plain.leases, settings.leases);
     }
 
     #[test]

@@ -10,9 +10,10 @@ use ballast_block::{ClusterId, NodeId};
 use ballast_env::network::Address;
 use ballast_node::RaftSettings;
 use ballast_node::config::{Founder, NodeConfig};
+use ballast_node::leases::LeasePolicy;
 
 use crate::cli::Overrides;
-use crate::config::{ConfigError, ConfigFile, ListenAddress, Log, NodeEntry, RaftTimes};
+use crate::config::{ConfigError, ConfigFile, Leases, ListenAddress, Log, NodeEntry, RaftTimes};
 
 /// Shortest heartbeat: below it, heartbeats of many idle volumes alone load a core.
 const HEARTBEAT_MIN: Duration = Duration::from_millis(10);
@@ -71,6 +72,10 @@ impl Settings {
         node.nbd_listen = file.listen.nbd.into_iter().map(address).collect();
         node.raft = raft(&file.raft)?;
         node.leader_follows_writer = file.volumes.leader_follows_writer;
+        node.leases = match file.volumes.leases {
+            Leases::Required => LeasePolicy::Required,
+            Leases::Optional => LeasePolicy::Optional,
+        };
         if let Some(retention) = file.volumes.retention {
             node.retention_bytes = check_retention(retention.0)?;
         }

@@ -2,16 +2,20 @@
 //!
 //! Owns the syntax of export names. Never knows which volumes exist.
 
+use ballast_block::Epoch;
 use ballast_block::limits::NAME_BYTES_MAX;
 use thiserror::Error;
 
-/// What an export name asks for: `NAME`, `NAME@ro`, or nothing for the only volume.
+/// What an export name asks for: `NAME`, or nothing for the only volume, then perhaps `@` and words
+/// with commas between them: `ro`, `lease=EPOCH`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExportName {
     /// The volume's name; `None` means the only volume there is.
     pub volume: Option<String>,
     /// How it is to be used.
     pub access: Access,
+    /// The lease that it is used under, by its epoch.
+    pub lease: Option<Epoch>,
 }
 
 /// How an export is to be used.
@@ -41,7 +45,10 @@ pub enum ExportNameError {
     #[error("volume name in the export name may hold only a-z, 0-9, '-' and '.'")]
     BadCharacter,
     /// What follows the `@` is not known.
-    #[error("export name ends in an unknown \"@\" part; use NAME, or NAME@ro to open it read-only")]
+    #[error(
+        "export name ends in an unknown \"@\" part; use NAME, NAME@ro to open it read-only, or \
+         NAME@lease=EPOCH or NAME@ro,lease=EPOCH to open it under a lease"
+    )]
     UnknownSuffix,
 }
 
@@ -49,14 +56,15 @@ impl ExportName {
     /// Parses a name as the client sent it.
     ///
     /// # Errors
-    /// [`ExportNameError`] for anything but `NAME`, `NAME@ro`, `@ro` and the empty name.
+    /// [`ExportNameError`] for anything else.
     pub fn parse(bytes: &[u8]) -> Result<Self, ExportNameError> {
         let text = std::str::from_utf8(bytes).map_err(|_| ExportNameError::NotUtf8)?;
-        let (volume, access) = match text.split_once('@') {
-            None => (text, Access::ReadWrite),
-            Some((volume, "ro")) => (volume, Access::ReadOnly),
-            Some(_) => return Err(ExportNameError::UnknownSuffix),
+        let (volume, words) = match text.split_once('@') {
+            None => (text, ""),
+            Some((_, "")) => return Err(ExportNameError::UnknownSuffix),
+            Some(parts) => parts,
         };
+        let (access, lease) = parse_words(words).ok_or(ExportNameError::UnknownSuffix)?;
         if volume.len() > NAME_BYTES_MAX {
             return Err(ExportNameError::TooLong { length: volume.len() });
         }
@@ -65,8 +73,27 @@ impl ExportName {
             return Err(ExportNameError::BadCharacter);
         }
         let volume = (!volume.is_empty()).then(|| volume.to_owned());
-        Ok(Self { volume, access })
+        Ok(Self { volume, access, lease })
     }
+}
+
+/// What stands behind the `@`: each word at most once, `ro` first.
+fn parse_words(words: &str) -> Option<(Access, Option<Epoch>)> {
+    let (access, rest) = match words {
+        "ro" => (Access::ReadOnly, ""),
+        _ => match words.strip_prefix("ro,") {
+            Some("") => return None,
+            Some(rest) => (Access::ReadOnly, rest),
+            None => (Access::ReadWrite, words),
+        },
+    };
+    if rest.is_empty() {
+        return Some((access, None));
+    }
+    let digits = rest.strip_prefix("lease=")?;
+    let plain = !digits.starts_with('0') && digits.bytes().all(|byte| byte.is_ascii_digit());
+    let epoch = digits.parse().ok().filter(|_| plain)?;
+    Some((access, Some(Epoch(epoch))))
 }
 
 /// A question to the caller: may this export be used, and what is it?
@@ -124,12 +151,24 @@ pub enum OpenExportError {
         /// Who holds it, in words an administrator can act on.
         holder: String,
     },
-    /// Its lease does not let this node have it.
-    #[error("volume is leased to {holder}; publish it to this node first")]
+    /// It is leased, and the client names no lease.
+    #[error("volume is leased to {holder}; open it under a lease: NAME@lease=EPOCH")]
     LeasedElsewhere {
         /// Who holds the lease.
         holder: String,
     },
+    /// The lease that the client names is not in force, or does not let it do that.
+    #[error(
+        "lease {0} of the volume is not in force, or only lets its holder read; acquire one: \
+         `ballastctl volume attach`"
+    )]
+    LeaseNotInForce(Epoch),
+    /// This node serves nobody without a lease.
+    #[error(
+        "node serves volumes under a lease only: acquire one with `ballastctl volume attach` and \
+         open NAME@lease=EPOCH"
+    )]
+    LeaseNeeded,
     /// No leader or no quorum within the time limit.
     #[error("volume has no quorum of replicas at the moment; try again when its nodes are back")]
     NoQuorum,
@@ -166,7 +205,13 @@ mod tests {
     use super::*;
 
     fn name(volume: Option<&str>, access: Access) -> Result<ExportName, ExportNameError> {
-        Ok(ExportName { volume: volume.map(str::to_owned), access })
+        Ok(ExportName { volume: volume.map(str::to_owned), access, lease: None })
+    }
+
+    fn leased(name: &[u8]) -> (Access, Option<u64>) {
+        let name = ExportName::parse(name).unwrap();
+        assert_eq!(name.volume.as_deref(), Some("db-0"));
+        (name.access, name.lease.map(|epoch| epoch.0))
     }
 
     #[test]
@@ -175,11 +220,16 @@ mod tests {
         assert_eq!(ExportName::parse(b"db-0@ro"), name(Some("db-0"), Access::ReadOnly));
         assert_eq!(ExportName::parse(b""), name(None, Access::ReadWrite));
         assert_eq!(ExportName::parse(b"@ro"), name(None, Access::ReadOnly));
+        assert_eq!(leased(b"db-0@lease=7"), (Access::ReadWrite, Some(7)));
+        assert_eq!(leased(b"db-0@ro,lease=71"), (Access::ReadOnly, Some(71)));
     }
 
     #[test]
     fn refused_names() {
-        for suffix in ["db@", "db@rw", "db@token=abc", "db@ro@ro", "db@RO"] {
+        let unknown = ["db@", "db@rw", "db@token=abc", "db@ro@ro", "db@RO", "db@ro,", "db@,ro"];
+        let leases = ["", "0", "07", "-1", "+1", "x", "1,ro", "18446744073709551616"];
+        let leases = leases.map(|epoch| format!("db@lease={epoch}"));
+        for suffix in unknown.into_iter().chain(leases.iter().map(|name| &name[..])) {
             let parsed = ExportName::parse(suffix.as_bytes());
             assert_eq!(parsed, Err(ExportNameError::UnknownSuffix), "{suffix}");
         }

@@ -377,6 +377,8 @@ fn reply_of(error: &OpenExportError) -> u32 {
         }
         OpenExportError::AlreadyAttached { .. }
         | OpenExportError::LeasedElsewhere { .. }
+        | OpenExportError::LeaseNotInForce(_)
+        | OpenExportError::LeaseNeeded
         | OpenExportError::NoQuorum
         | OpenExportError::NotServedHere { .. }
         | OpenExportError::TooManyConnections { .. } => option_reply::ERR_POLICY,

@@ -125,8 +125,8 @@ fn refused_exports() {
     let held = "volume is attached for writing by node-2; detach it there first, or add @ro to the \
                 name to read it";
     let unknown = "no volume of this name; list the exports to see which there are";
-    let suffix =
-        "export name ends in an unknown \"@\" part; use NAME, or NAME@ro to open it read-only";
+    let suffix = "export name ends in an unknown \"@\" part; use NAME, NAME@ro to open it \
+                  read-only, or NAME@lease=EPOCH or NAME@ro,lease=EPOCH to open it under a lease";
     negotiate(
         &[go(7, "held", &[]), go(7, "nosuch", &[]), go(7, "disk@token=7", &[]), option(8, b"")],
         &[error(7, 2, held), error(7, 6, unknown), error(7, 3, suffix), ack(8)],

@@ -259,7 +259,7 @@ fn qemu_io_is_refused_with_words() {
     let (opened, out, error) =
         try_run("qemu-utils", "qemu-io", &["-f", "raw", "-c", "read 0 512", &uri]);
     assert!(!opened);
-    assert!(error.contains("use NAME, or NAME@ro"), "{out}{error}");
+    assert!(error.contains("use NAME, NAME@ro"), "{out}{error}");
 }
 
 /// Chooses the export `disk` and waits until the server says that it is attached.

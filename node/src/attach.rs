@@ -1,15 +1,16 @@
 //! Attachments: who may write a volume, and moving its leader to who serves the writer.
 //!
-//! An attachment is a committed entry before its first I/O (guarantee **fenced**). The leader lets
-//! a new one take over only from one whose serving node is gone or does not know it any more; what
-//! the old one still sends is refused at apply, on every replica.
+//! An attachment is a committed entry before its first I/O (guarantee **fenced**). Under a lease it
+//! takes the place of the one that the holder had; without one the leader lets it take over only from
+//! one whose serving node is gone or does not know it any more. What the old one still sends is
+//! refused at apply, on every replica.
 
 use std::rc::Rc;
 use std::time::Duration;
 
-use ballast_block::{AttachmentId, FamilyId, NodeId, ReplicaId};
+use ballast_block::{AttachmentId, Epoch, FamilyId, NodeId, ReplicaId};
 use ballast_env::Env;
-use ballast_volume::command::{self, FamilyCommand, Writer};
+use ballast_volume::command::{self, FamilyCommand, Writer, refusal};
 use ballast_volume::family::{ExecuteError, Family};
 use ballast_volume::group::Group;
 use openraft::async_runtime::WatchReceiver;
@@ -17,6 +18,7 @@ use openraft::async_runtime::WatchReceiver;
 use crate::calls::{
     AttachReplyV1, AttachV1, AttachmentV1, FlagV1, MoveLeaderV1, MovedV1, Tag, decode,
 };
+use crate::leases;
 use crate::node::Inner;
 use crate::peers::links::Lane;
 use crate::peers::wire::{Frame, Kind};
@@ -36,6 +38,10 @@ pub const NOT_LEADER: u32 = 1;
 pub const STOPPED: u32 = 2;
 /// Another attachment holds the volume and is alive.
 pub const HELD: u32 = 3;
+/// The lease that it names is not in force, or does not let its holder write.
+pub const NOT_LEASED: u32 = 4;
+/// The volume is leased, and it names no lease.
+pub const LEASED: u32 = 5;
 
 /// Whether a client of this node holds that attachment.
 pub(crate) fn is_alive<E: Env>(inner: &Inner<E>, attachment: u64) -> bool {
@@ -58,7 +64,10 @@ fn family_here<E: Env>(inner: &Inner<E>, family: FamilyId) -> Result<Family<E>, 
     family.ok_or(AttachReplyV1 { code: STOPPED, ..AttachReplyV1::default() })
 }
 
-/// Makes an attachment the writer, if this node leads and no other one is alive.
+/// Makes an attachment a writer, if this node leads and nobody else may go on.
+///
+/// Under a lease the holder's word counts: the attachment that it had before is torn. Without one
+/// the node of another attachment is asked whether that is alive.
 pub(crate) async fn attach_here<E: Env>(
     inner: &Rc<Inner<E>>,
     family: FamilyId,
@@ -68,34 +77,55 @@ pub(crate) async fn attach_here<E: Env>(
         Ok(family) => family,
         Err(reply) => return reply,
     };
-    loop {
-        if let Err(shut) = family.group().pass().await {
-            return failed(&shut.into());
+    match admit(inner, &family, ask).await {
+        Ok(reply) => {
+            if reply.code == DONE && ask.follow {
+                follow(inner, &family, NodeId(ask.node)).await;
+            }
+            reply
         }
-        let (writer, seen_generation) = {
+        Err(error) => failed(&error),
+    }
+}
+
+async fn admit<E: Env>(
+    inner: &Rc<Inner<E>>,
+    family: &Family<E>,
+    ask: AttachV1,
+) -> Result<AttachReplyV1, ExecuteError> {
+    let refused = |code, node| Ok(AttachReplyV1 { code, node, ..AttachReplyV1::default() });
+    let AttachV1 { attachment, node, epoch, .. } = ask;
+    loop {
+        family.group().pass().await?;
+        if epoch != 0 && !leases::is_in_force(inner, family, Epoch(epoch)).await? {
+            return refused(NOT_LEASED, 0);
+        }
+        let (writer, generation, size) = {
             let state = family.state();
-            (state.writer(), state.generation().0)
+            (state.writer(), state.generation(), state.size())
         };
+        if ask.reads_only {
+            return Ok(AttachReplyV1 { code: DONE, node, generation: generation.0, size });
+        }
         if let Some(writer) = writer
-            && writer.attachment.0 != ask.attachment
+            && writer.attachment.0 != attachment
+            && epoch == 0
             && speaks_for(inner, writer).await
         {
-            let node = writer.node.0;
-            return AttachReplyV1 { code: HELD, node, ..AttachReplyV1::default() };
+            return refused(HELD, writer.node.0);
         }
-        let (attachment, node) = (ask.attachment, ask.node);
-        let command = command::AttachV1 { attachment, node, seen_generation };
-        match family.control(FamilyCommand::Attach(command)).await {
-            // Another one came between: look again.
-            Ok(reply) if reply.refused => {}
-            Ok(reply) => {
-                if ask.follow {
-                    follow(inner, &family, NodeId(node)).await;
-                }
+        let seen_generation = generation.0;
+        let command = command::AttachV1 { attachment, node, seen_generation, epoch };
+        let reply = family.control(FamilyCommand::Attach(command)).await?;
+        match reply.why {
+            0 => {
                 let (generation, size) = (reply.generation, reply.size);
-                return AttachReplyV1 { code: DONE, node, generation, size };
+                return Ok(AttachReplyV1 { code: DONE, node, generation, size });
             }
-            Err(error) => return failed(&error),
+            refusal::NOT_LEASED => return refused(NOT_LEASED, 0),
+            refusal::LEASED => return refused(LEASED, 0),
+            // Another one came between: look again.
+            _ => {}
         }
     }
 }

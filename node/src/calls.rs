@@ -49,6 +49,10 @@ pub enum Tag {
     Entry = 17,
     /// Take over the lead of a family: the asker can't reach its leader.
     TakeLead = 18,
+    /// Take over the leases of a family's volume that the cluster group knows.
+    InstallLeases = 19,
+    /// What a family's volume holds, or is to hold: a `SetContentV1` of its log; kind 0 only asks.
+    Content = 20,
 }
 
 impl Tag {
@@ -74,6 +78,8 @@ impl Tag {
             Sleep,
             Entry,
             TakeLead,
+            InstallLeases,
+            Content,
         ]
         .into_iter()
         .find(|&tag| tag as u8 == byte)
@@ -256,6 +262,9 @@ pub struct OperateV1 {
     /// The node that serves the attachment.
     #[prost(uint32, tag = "8")]
     pub holder: u32,
+    /// The lease that the attachment was made under; 0 = none.
+    #[prost(uint64, tag = "9")]
+    pub epoch: u64,
 }
 
 /// The answer to an operation; data travels as the frame's payload, padded to whole blocks.
@@ -295,12 +304,19 @@ pub struct AttachV1 {
     /// Whether the leader should move to that node if it has a replica in sync.
     #[prost(bool, tag = "3")]
     pub follow: bool,
+    /// The lease under which it asks; 0 = none.
+    #[prost(uint64, tag = "4")]
+    pub epoch: u64,
+    /// It only wants to read: nobody else has to leave, and the log need not know.
+    #[prost(bool, tag = "5")]
+    pub reads_only: bool,
 }
 
 /// The answer to attach and detach.
 #[derive(Clone, Copy, PartialEq, Message)]
 pub struct AttachReplyV1 {
-    /// 0 attached, 1 not the leader, 2 stopped here, 3 held by another.
+    /// 0 attached, 1 not the leader, 2 stopped here, 3 held by another, 4 no such lease is in force,
+    /// 5 the volume is leased.
     #[prost(uint32, tag = "1")]
     pub code: u32,
     /// The node to ask next, or that holds it.
@@ -312,6 +328,37 @@ pub struct AttachReplyV1 {
     /// The volume's size in bytes.
     #[prost(uint64, tag = "4")]
     pub size: u64,
+}
+
+/// Asks the leader to take leases over.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct InstallLeasesV1 {
+    /// The revision that the asker knows: this or a newer one.
+    #[prost(uint64, tag = "1")]
+    pub revision: u64,
+}
+
+/// The answer about leases and content.
+#[derive(Clone, PartialEq, Message)]
+pub struct ContentReplyV1 {
+    /// 0 done, 1 not the leader, 2 stopped here.
+    #[prost(uint32, tag = "1")]
+    pub code: u32,
+    /// The node to ask next.
+    #[prost(uint32, tag = "2")]
+    pub node: u32,
+    /// What was asked would destroy something: nothing was changed.
+    #[prost(bool, tag = "3")]
+    pub refused: bool,
+    /// What the volume holds: its kind.
+    #[prost(uint32, tag = "4")]
+    pub content: u32,
+    /// The type of its file system, if it is one.
+    #[prost(string, tag = "5")]
+    pub fs_type: String,
+    /// Whether anything was ever written to it.
+    #[prost(bool, tag = "6")]
+    pub ever_written: bool,
 }
 
 /// Names an attachment.

@@ -12,7 +12,7 @@ use std::time::Duration;
 use ballast_block::command::{ReadPart, StatusExtent};
 use ballast_block::geometry::BLOCK_SIZE_U64;
 use ballast_block::{
-    AttachmentId, ByteRange, FamilyId, Generation, IoCommand, IoError, IoReply, NodeId,
+    AttachmentId, ByteRange, Epoch, FamilyId, Generation, IoCommand, IoError, IoReply, NodeId,
 };
 use ballast_env::Env;
 use ballast_env::clock::Instant;
@@ -61,6 +61,12 @@ pub enum AttachError {
     /// No leader answered in time.
     #[error("volume has no quorum")]
     NoQuorum,
+    /// The lease that it names is not in force, or does not let its holder write.
+    #[error("{0} is not in force for this")]
+    NotLeased(Epoch),
+    /// The volume is leased, and the client names no lease.
+    #[error("volume is leased")]
+    Leased,
 }
 
 /// A host's attachment to a volume.
@@ -70,6 +76,8 @@ pub struct VolumeClient<E: Env> {
     name: String,
     attachment: AttachmentId,
     generation: Generation,
+    /// The lease that it was made under; 0 = none.
+    epoch: Epoch,
     size: u64,
     read_only: bool,
     next_request: Cell<u64>,
@@ -94,7 +102,8 @@ impl<E: Env> Drop for Request<'_, E> {
 }
 
 impl<E: Env> VolumeClient<E> {
-    /// Opens the volume `name`; for writing, makes it the volume's writer.
+    /// Opens the volume `name`; for writing, makes it a writer. `epoch`: the lease that it is opened
+    /// under; 0 = none.
     ///
     /// # Errors
     /// [`AttachError`].
@@ -102,6 +111,7 @@ impl<E: Env> VolumeClient<E> {
         inner: Rc<Inner<E>>,
         name: &str,
         read_only: bool,
+        epoch: Epoch,
     ) -> Result<Self, AttachError> {
         let (family, size) = {
             let state = inner.cluster.state();
@@ -117,6 +127,7 @@ impl<E: Env> VolumeClient<E> {
             name: name.to_owned(),
             attachment,
             generation: Generation(0),
+            epoch,
             size,
             read_only,
             next_request: Cell::new(1),
@@ -128,6 +139,8 @@ impl<E: Env> VolumeClient<E> {
         };
         if !read_only {
             client.inner.attachments.borrow_mut().insert(attachment, family);
+        }
+        if !read_only || epoch != Epoch(0) {
             client.attach().await?;
         }
         Ok(client)
@@ -147,7 +160,9 @@ impl<E: Env> VolumeClient<E> {
         let ask = AttachV1 {
             attachment: self.attachment.0,
             node: self.inner.config.node.0,
-            follow: self.inner.config.leader_follows_writer,
+            follow: self.inner.config.leader_follows_writer && !self.read_only,
+            epoch: self.epoch.0,
+            reads_only: self.read_only,
         };
         let end = self.inner.env.now().after(ATTACH_MAX);
         let mut pause = RETRY_PAUSE_MIN;
@@ -164,6 +179,10 @@ impl<E: Env> VolumeClient<E> {
                 Ok(reply) if reply.code == attach::HELD => {
                     return Err(AttachError::Held(NodeId(reply.node)));
                 }
+                Ok(reply) if reply.code == attach::NOT_LEASED => {
+                    return Err(AttachError::NotLeased(self.epoch));
+                }
+                Ok(reply) if reply.code == attach::LEASED => return Err(AttachError::Leased),
                 Ok(reply) if reply.code == attach::NOT_LEADER && reply.node != 0 => {
                     self.leader.set(Some(NodeId(reply.node)));
                     self.go_around(target, NodeId(reply.node)).await;
@@ -425,6 +444,7 @@ impl<E: Env> VolumeClient<E> {
             request: number,
             answered_below,
             holder: self.inner.config.node,
+            epoch: self.epoch,
             ..Origin::default()
         };
         if target == self.inner.config.node {

@@ -7,6 +7,8 @@ use ballast_block::{ClusterId, NodeId};
 use ballast_env::network::Address;
 use ballast_volume::group::RaftSettings;
 
+use crate::leases::LeasePolicy;
+
 /// A node of the cluster's founding set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Founder {
@@ -37,6 +39,8 @@ pub struct NodeConfig {
     pub raft: RaftSettings,
     /// Whether a volume's leader moves to the node that serves its writer.
     pub leader_follows_writer: bool,
+    /// Whether an export needs a lease.
+    pub leases: LeasePolicy,
     /// Log kept per family for followers that lag, in bytes.
     pub retention_bytes: u64,
 }
@@ -53,6 +57,7 @@ impl NodeConfig {
             nbd_listen: Vec::new(),
             raft: RaftSettings::default(),
             leader_follows_writer: true,
+            leases: LeasePolicy::Required,
             retention_bytes: FAMILY_RETENTION_BYTES_MAX,
         }
     }

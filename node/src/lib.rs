@@ -17,6 +17,7 @@ mod cluster_copy;
 pub mod cluster_group;
 pub mod config;
 pub mod families;
+pub mod leases;
 mod members;
 mod mend;
 mod meters;

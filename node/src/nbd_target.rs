@@ -14,7 +14,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use ballast_block::limits::{NBD_CONNECTIONS_MAX, NBD_HANDSHAKE_SECONDS_MAX};
-use ballast_block::{IoError, IoReply, ShardId};
+use ballast_block::{Epoch, IoError, IoReply, ShardId};
 use ballast_cluster::{Volume, VolumePhase};
 use ballast_env::Env;
 use ballast_env::network::Listener;
@@ -28,14 +28,12 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::client::{AttachError, VolumeClient};
+use crate::leases::{COPY_LAG_MAX, LeasePolicy};
 use crate::node::Inner;
 use crate::shards::{Arrival, HandOverError};
 
 /// Pause after an accept that failed, for want of file descriptors maybe.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
-/// Longest wait for a state of the cluster that another shard of the node has already.
-const COPY_LAG_MAX: Duration = Duration::from_secs(1);
 
 pub(crate) async fn accept<E: Env, L>(node: Weak<Inner<E>>, listener: L)
 where
@@ -325,13 +323,19 @@ impl<E: Env> Connection<E> {
             let error = error.unwrap_or(HandOverError::ShardBusy(volume.shard));
             return Err(OpenExportError::NotServedHere { why: error.to_string() });
         }
-        let client = VolumeClient::open(self.inner.clone(), &volume.name, read_only).await;
+        let epoch = open.name.lease.unwrap_or(Epoch(0));
+        if epoch == Epoch(0) && self.inner.config.leases == LeasePolicy::Required {
+            return Err(OpenExportError::LeaseNeeded);
+        }
+        let client = VolumeClient::open(self.inner.clone(), &volume.name, read_only, epoch).await;
         let client = client.map_err(|error| match error {
             AttachError::VolumeUnknown(_) => OpenExportError::Unknown,
             AttachError::Held(node) => {
                 OpenExportError::AlreadyAttached { holder: format!("a client of {node}") }
             }
             AttachError::NoQuorum => OpenExportError::NoQuorum,
+            AttachError::NotLeased(epoch) => OpenExportError::LeaseNotInForce(epoch),
+            AttachError::Leased => OpenExportError::LeasedElsewhere { holder: holders(&volume) },
         })?;
         tracing::info!(from = self.from, volume = volume.name, read_only, "NBD client attached");
         let info = export_info(volume.name, client.size(), read_only);
@@ -339,6 +343,12 @@ impl<E: Env> Connection<E> {
         self.client = Some(Rc::new(client));
         Ok(info)
     }
+}
+
+/// Who holds the volume's leases, for people.
+fn holders(volume: &Volume) -> String {
+    let hosts: Vec<&str> = volume.leases.iter().map(|lease| &lease.host[..]).collect();
+    if hosts.is_empty() { "another host".to_owned() } else { hosts.join(", ") }
 }
 
 fn export_info(name: String, size: u64, read_only: bool) -> ExportInfo {

@@ -1,7 +1,7 @@
 //! Operations of hosts between nodes: from the node that serves a client to the leader.
 
 use ballast_block::command::ReadPart;
-use ballast_block::{AttachmentId, BlockRange, ByteRange, Generation, IoError, NodeId};
+use ballast_block::{AttachmentId, BlockRange, ByteRange, Epoch, Generation, IoError, NodeId};
 use ballast_raft_store::entry::Origin;
 use ballast_volume::family::{ExecuteError, OperationReply};
 use ballast_volume::split::Operation;
@@ -54,6 +54,7 @@ pub fn encode(origin: &Origin, operation: &Operation) -> (OperateV1, Vec<Bytes>)
         request: origin.request,
         answered_below: origin.answered_below,
         holder: origin.holder.0,
+        epoch: origin.epoch.0,
     };
     (message, payload)
 }
@@ -88,6 +89,7 @@ pub fn decode(message: &OperateV1, payload: &[Bytes]) -> Result<(Origin, Operati
         request: message.request,
         answered_below: message.answered_below,
         holder: NodeId(message.holder),
+        epoch: Epoch(message.epoch),
         ..Origin::default()
     };
     Ok((origin, operation))
@@ -192,6 +194,7 @@ mod tests {
             request: 3,
             answered_below: 2,
             holder: NodeId(4),
+            epoch: Epoch(5),
             ..Origin::default()
         };
         let operations = [

@@ -16,10 +16,12 @@ use ballast_cluster::{
 use ballast_env::Env;
 use ballast_raft_store::types::Member;
 use ballast_volume::command::{FamilyCommand, ResizeV1};
+use ballast_volume::family::Family;
 use ballast_volume::state::FoundingV1;
 
 use crate::admission;
 use crate::cluster_group::cluster_replica;
+use crate::leases;
 use crate::node::Inner;
 
 /// How long a round waits for a change of the cluster's state before it looks anyway.
@@ -257,6 +259,7 @@ async fn keep<E: Env>(inner: &Rc<Inner<E>>, replica: &Replica, volume: &Volume) 
         form(inner, replica, volume).await;
     }
     grow(inner, volume).await;
+    lease(inner, volume).await;
 }
 
 /// Forms the family's Raft group, once all its replicas are there; done by the lowest of them.
@@ -291,6 +294,16 @@ async fn grow<E: Env>(inner: &Rc<Inner<E>>, volume: &Volume) {
     let resize = FamilyCommand::Resize(ResizeV1 { size: volume.size_bytes });
     if let Err(error) = family.control(resize).await {
         tracing::debug!(volume = volume.name, %error, "can't grow yet");
+    }
+}
+
+/// The family's own log decides under which leases writes are taken.
+async fn lease<E: Env>(inner: &Rc<Inner<E>>, volume: &Volume) {
+    let family = inner.families.borrow().get(&volume.family).cloned();
+    let leads = |family: &Family<E>| family.group().leading_term().is_some();
+    let Some(family) = family.filter(leads) else { return };
+    if let Err(error) = leases::bring_up(inner, &family).await {
+        tracing::debug!(volume = volume.name, %error, "can't take leases over yet");
     }
 }
 

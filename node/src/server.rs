@@ -28,7 +28,7 @@ use crate::peers::identity::{Identity, Refusal};
 use crate::peers::links::Handler;
 use crate::peers::raft_codec as codec;
 use crate::peers::wire::Frame;
-use crate::{admission, attach, mend, operate, quiesce, report, resync};
+use crate::{admission, attach, leases, mend, operate, quiesce, report, resync};
 
 type Answer = Result<(Bytes, Vec<Bytes>), PeerError>;
 
@@ -208,6 +208,10 @@ async fn dispatch<E: Env>(inner: Rc<Inner<E>>, peer: Identity, frame: Frame) -> 
             let ask: MoveLeaderV1 = decode(body)?;
             message(&attach::move_leader_here(&inner, frame.family, NodeId(ask.node)).await)
         }
+        Tag::InstallLeases => {
+            message(&leases::install_here(&inner, frame.family, decode(body)?).await)
+        }
+        Tag::Content => message(&leases::content_here(&inner, frame.family, decode(body)?).await),
         Tag::TakeLead => message(&attach::take_lead_here(&inner, frame.family).await),
         Tag::Sleep => {
             let ask: SleepV1 = decode(body)?;

@@ -16,6 +16,7 @@ use ballast_env::linux::{LinuxEnv, LinuxShard};
 use ballast_env::network::{Address, Network};
 use ballast_node::cluster::PoolState;
 use ballast_node::config::{Founder, NodeConfig};
+use ballast_node::leases::LeasePolicy;
 use ballast_node::node::{self, Node};
 use ballast_node::peers::identity::{Identity, Refusal};
 use ballast_node::peers::wire::{Frame, FrameReader, Kind};
@@ -54,6 +55,7 @@ fn configs(scratch: &Scratch) -> Vec<NodeConfig> {
         let pool = scratch.0.join(format!("pool-{id}"));
         let mut config = NodeConfig::new(cluster, NodeId(id), pool, founders.clone());
         config.nbd_listen = vec![free_address()];
+        config.leases = LeasePolicy::Optional;
         config
     };
     (1..=3).map(config).collect()

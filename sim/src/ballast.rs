@@ -18,6 +18,7 @@ use ballast_env::clock::Clock;
 use ballast_env::network::Address;
 use ballast_env::spawn::Spawn;
 use ballast_node::config::{Founder, NodeConfig};
+use ballast_node::leases::LeasePolicy;
 use ballast_node::node::{self, Node};
 use ballast_node::shards::{self, Place};
 use ballast_raft_store::replica::ReadContent;
@@ -97,6 +98,7 @@ impl Ballast {
         let mut config = NodeConfig::new(self.0.cluster, id, pool_of(shard), founders);
         config.nbd_listen = vec![self.nbd_address(id)];
         config.retention_bytes = self.0.sizes.retention_bytes;
+        config.leases = LeasePolicy::Optional;
         config
     }
 

@@ -1,6 +1,6 @@
 //! Control commands of a family's log: protobuf, fields are only ever added (hazard 32).
 
-use ballast_block::{AttachmentId, Generation, NodeId};
+use ballast_block::{AttachmentId, Epoch, Generation, NodeId};
 use bytes::Bytes;
 use prost::Message;
 
@@ -8,7 +8,7 @@ use prost::Message;
 #[derive(Clone, PartialEq, Message)]
 pub struct FamilyCommandV1 {
     /// What is asked; an unknown command halts the replica, it is never skipped.
-    #[prost(oneof = "FamilyCommand", tags = "1, 2, 3")]
+    #[prost(oneof = "FamilyCommand", tags = "1, 2, 3, 4, 5")]
     pub command: Option<FamilyCommand>,
 }
 
@@ -24,9 +24,16 @@ pub enum FamilyCommand {
     /// Grows the volume.
     #[prost(message, tag = "3")]
     Resize(ResizeV1),
+    /// Takes over a revision of the volume's leases.
+    #[prost(message, tag = "4")]
+    SetLeases(SetLeasesV1),
+    /// Says what the volume holds.
+    #[prost(message, tag = "5")]
+    SetContent(SetContentV1),
 }
 
-/// Makes an attachment the writer, in place of the one that the proposer saw.
+/// Makes an attachment a writer: under a lease in place of the one that its holder had before, and of
+/// all others where the lease is not shared; without a lease in place of the one that the proposer saw.
 #[derive(Clone, Copy, PartialEq, Message)]
 pub struct AttachV1 {
     /// The new attachment: random, so that a retry is recognised.
@@ -38,6 +45,9 @@ pub struct AttachV1 {
     /// The generation that the proposer saw: apply refuses if there is a newer one by now.
     #[prost(uint64, tag = "3")]
     pub seen_generation: u64,
+    /// The lease under which it is made; 0 = none.
+    #[prost(uint64, tag = "4")]
+    pub epoch: u64,
 }
 
 /// Ends an attachment.
@@ -59,6 +69,52 @@ pub struct ResizeV1 {
     pub size: u64,
 }
 
+/// The leases of the family's volume, all of them, as the cluster group knows them.
+#[derive(Clone, PartialEq, Message)]
+pub struct SetLeasesV1 {
+    /// Which state of them: only a newer one than the family has is taken.
+    #[prost(uint64, tag = "1")]
+    pub revision: u64,
+    /// What each allows. Attachments under others end with it.
+    #[prost(message, repeated, tag = "2")]
+    pub grants: Vec<GrantV1>,
+}
+
+/// What one lease allows.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct GrantV1 {
+    /// Names the lease.
+    #[prost(uint64, tag = "1")]
+    pub epoch: u64,
+    /// Whether its holder may write.
+    #[prost(bool, tag = "2")]
+    pub writes: bool,
+    /// Whether others may write beside it.
+    #[prost(bool, tag = "3")]
+    pub shared: bool,
+}
+
+/// Says what the volume holds.
+#[derive(Clone, PartialEq, Message)]
+pub struct SetContentV1 {
+    /// 1 blank, 2 being formatted, 3 a file system, 4 raw.
+    #[prost(uint32, tag = "1")]
+    pub kind: u32,
+    /// The file system's type, for 2 and 3.
+    #[prost(string, tag = "2")]
+    pub fs_type: String,
+}
+
+/// Why an attachment was refused.
+pub mod refusal {
+    /// Another attachment came between: look again.
+    pub const RACED: u32 = 1;
+    /// The family knows no lease of that epoch that lets its holder write.
+    pub const NOT_LEASED: u32 = 2;
+    /// The volume is leased, and the attachment names no lease.
+    pub const LEASED: u32 = 3;
+}
+
 /// What apply answered to a control command.
 #[derive(Clone, PartialEq, Message)]
 pub struct FamilyReplyV1 {
@@ -77,6 +133,18 @@ pub struct FamilyReplyV1 {
     /// The volume's size in bytes after it.
     #[prost(uint64, tag = "5")]
     pub size: u64,
+    /// Why an attachment was refused: one of [`refusal`]; 0 for everything else.
+    #[prost(uint32, tag = "6")]
+    pub why: u32,
+    /// What the volume holds after it: its kind.
+    #[prost(uint32, tag = "7")]
+    pub content: u32,
+    /// The type of its file system, if it is one.
+    #[prost(string, tag = "8")]
+    pub fs_type: String,
+    /// Whether anything was ever written to it.
+    #[prost(bool, tag = "9")]
+    pub ever_written: bool,
 }
 
 impl FamilyCommand {
@@ -86,7 +154,7 @@ impl FamilyCommand {
     }
 }
 
-/// The volume's writer.
+/// A writer of the volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Writer {
     /// Its attachment.
@@ -95,4 +163,6 @@ pub struct Writer {
     pub generation: Generation,
     /// The node that serves it.
     pub node: NodeId,
+    /// The lease that it was made under; 0 = none.
+    pub epoch: Epoch,
 }

@@ -5,9 +5,11 @@
 
 pub mod acks;
 pub mod command;
+pub mod content;
 pub mod family;
 mod gather;
 pub mod group;
+pub mod leases;
 pub mod locks;
 pub mod machine;
 pub mod quiesce;
@@ -19,3 +21,4 @@ pub mod split;
 mod stages;
 pub mod state;
 pub mod write;
+mod writers;

@@ -3,22 +3,26 @@
 //! Pure. What is decided here decides guarantees **fenced** and **linearizable**: generation,
 //! duplicates and size are checked at the entry's place in the log, the same on every replica.
 
-use std::collections::BTreeSet;
-
 use ballast_block::geometry::BLOCK_SIZE_U64;
-use ballast_block::{AttachmentId, BranchId, Generation, NodeId, Sequence};
+use ballast_block::{AttachmentId, BranchId, Epoch, Generation, NodeId, Sequence};
 use ballast_raft_store::entry::{Body, Command, Origin};
 use ballast_raft_store::types::{ApplyReply, Rejection};
 use bytes::Bytes;
 use prost::Message;
 
-use crate::command::{FamilyCommand, FamilyCommandV1, FamilyReplyV1, Writer};
+use crate::command::{
+    AttachV1, FamilyCommand, FamilyCommandV1, FamilyReplyV1, SetContentV1, Writer, refusal,
+};
+use crate::content::{Content, ContentV1};
+use crate::leases::{LeaseTable, LeaseTableV1};
 use crate::machine::{Decision, DecodeStateError, Machine};
+use crate::writers::{WriterV1, Writers};
 
 /// The branch of a volume that was never rolled back or cloned.
 pub const ROOT_BRANCH: BranchId = BranchId(1);
 
-const STATE_VERSION: u32 = 1;
+/// 1: one writer, no leases, no content. 2: any number of writers, leases, content.
+const STATE_VERSION: u32 = 2;
 
 #[derive(Clone, PartialEq, Message)]
 struct StateV1 {
@@ -30,20 +34,15 @@ struct StateV1 {
     size: u64,
     #[prost(uint64, tag = "4")]
     generation: u64,
+    /// In version 1 only.
     #[prost(message, optional, tag = "5")]
     writer: Option<WriterV1>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct WriterV1 {
-    #[prost(uint64, tag = "1")]
-    attachment: u64,
-    #[prost(uint32, tag = "2")]
-    node: u32,
-    #[prost(uint64, tag = "3")]
-    answered_below: u64,
-    #[prost(uint64, repeated, tag = "4")]
-    applied: Vec<u64>,
+    #[prost(message, repeated, tag = "6")]
+    writers: Vec<WriterV1>,
+    #[prost(message, optional, tag = "7")]
+    leases: Option<LeaseTableV1>,
+    #[prost(message, optional, tag = "8")]
+    content: Option<ContentV1>,
 }
 
 /// The state that a family is created with, kept in each replica's descriptor.
@@ -57,23 +56,15 @@ pub struct FoundingV1 {
     pub size: u64,
 }
 
-struct WriterState {
-    attachment: AttachmentId,
-    node: NodeId,
-    /// Requests below were answered to the host: a retry of one can't be.
-    answered_below: u64,
-    /// Requests at or above `answered_below` that were applied. Bounded by what the serving node
-    /// keeps in flight.
-    applied: BTreeSet<u64>,
-}
-
 /// A family's replicated state.
 pub struct FamilyState {
     founding_size: u64,
     sequence: Sequence,
     size: u64,
     generation: Generation,
-    writer: Option<WriterState>,
+    writers: Writers,
+    leases: LeaseTable,
+    content: Content,
 }
 
 impl FamilyState {
@@ -84,7 +75,9 @@ impl FamilyState {
             sequence: Sequence(0),
             size: founding.size,
             generation: Generation(0),
-            writer: None,
+            writers: Writers::default(),
+            leases: LeaseTable::default(),
+            content: Content::default(),
         }
     }
 
@@ -98,50 +91,47 @@ impl FamilyState {
         self.generation
     }
 
-    /// Who may write.
+    /// Who may write; the newest, where several may.
     pub fn writer(&self) -> Option<Writer> {
-        let generation = self.generation;
-        let writer = self.writer.as_ref()?;
-        Some(Writer { attachment: writer.attachment, generation, node: writer.node })
+        self.writers.newest()
+    }
+
+    /// The leases that the family goes by.
+    pub fn leases(&self) -> &LeaseTable {
+        &self.leases
+    }
+
+    /// What the volume holds, and whether anything was ever written to it.
+    pub fn content(&self) -> (&Content, bool) {
+        (&self.content, self.is_written())
+    }
+
+    fn is_written(&self) -> bool {
+        self.sequence != Sequence(0)
     }
 
     fn check(&mut self, origin: &Origin, end_block: u64) -> Result<(), Rejection> {
-        let size = self.size;
-        let current = self.generation;
-        let writer = self.writer.as_mut().ok_or(Rejection::StaleGeneration)?;
-        if writer.attachment != origin.attachment || current != origin.generation {
-            return Err(Rejection::StaleGeneration);
-        }
-        if origin.request < writer.answered_below || writer.applied.contains(&origin.request) {
-            return Err(Rejection::Duplicate);
-        }
-        if end_block > size.div_ceil(BLOCK_SIZE_U64) {
+        self.writers.check(origin, &self.leases)?;
+        if end_block > self.size.div_ceil(BLOCK_SIZE_U64) {
             return Err(Rejection::OutsideVolume);
         }
-        if origin.answered_below > writer.answered_below {
-            writer.answered_below = origin.answered_below;
-            writer.applied = writer.applied.split_off(&origin.answered_below);
-        }
-        writer.applied.insert(origin.request);
+        self.writers.note(origin);
         Ok(())
     }
 
     fn control(&mut self, bytes: &Bytes) -> Option<FamilyReplyV1> {
         let command = FamilyCommandV1::decode(bytes.clone()).ok()?.command?;
+        let mut named = None;
+        let mut why = 0;
         let refused = match command {
-            FamilyCommand::Attach(attach) => !self.attach(
-                AttachmentId(attach.attachment),
-                NodeId(attach.node),
-                Generation(attach.seen_generation),
-            ),
+            FamilyCommand::Attach(attach) => {
+                named = Some(AttachmentId(attach.attachment));
+                why = self.attach(&attach).err().unwrap_or(0);
+                why != 0
+            }
             FamilyCommand::Detach(detach) => {
-                let named = self.writer().is_some_and(|writer| {
-                    writer.attachment.0 == detach.attachment
-                        && writer.generation.0 == detach.generation
-                });
-                if named {
-                    self.writer = None;
-                }
+                let attachment = AttachmentId(detach.attachment);
+                self.writers.remove(attachment, Generation(detach.generation));
                 false
             }
             FamilyCommand::Resize(resize) => {
@@ -149,28 +139,54 @@ impl FamilyState {
                 self.size = self.size.max(resize.size);
                 !grows
             }
+            FamilyCommand::SetLeases(leases) => {
+                if self.leases.set(&leases) {
+                    self.writers.keep_leased(&self.leases);
+                }
+                false
+            }
+            FamilyCommand::SetContent(SetContentV1 { kind, fs_type }) => {
+                let written = self.is_written();
+                let asked = Content::from_kind(kind, &fs_type)?;
+                !self.content.become_content(asked, written)
+            }
         };
-        let writer = self.writer();
-        Some(FamilyReplyV1 {
-            refused,
-            attachment: writer.map_or(0, |writer| writer.attachment.0),
-            generation: self.generation.0,
-            node: writer.map_or(0, |writer| writer.node.0),
-            size: self.size,
-        })
+        let writer = named.and_then(|named| self.writers.get(named)).or_else(|| self.writer());
+        Some(FamilyReplyV1 { refused, why, ..self.reply(writer) })
     }
 
-    fn attach(&mut self, attachment: AttachmentId, node: NodeId, seen: Generation) -> bool {
-        if self.writer.as_ref().is_some_and(|writer| writer.attachment == attachment) {
-            return true;
+    fn reply(&self, writer: Option<Writer>) -> FamilyReplyV1 {
+        FamilyReplyV1 {
+            refused: false,
+            attachment: writer.map_or(0, |writer| writer.attachment.0),
+            generation: writer.map_or(self.generation, |writer| writer.generation).0,
+            node: writer.map_or(0, |writer| writer.node.0),
+            size: self.size,
+            why: 0,
+            content: self.content.kind(),
+            fs_type: self.content.fs_type().to_owned(),
+            ever_written: self.is_written(),
         }
-        if seen != self.generation {
-            return false;
+    }
+
+    fn attach(&mut self, ask: &AttachV1) -> Result<(), u32> {
+        let attachment = AttachmentId(ask.attachment);
+        if self.writers.get(attachment).is_some() {
+            return Ok(());
+        }
+        let epoch = Epoch(ask.epoch);
+        if !self.leases.lets_write(epoch) {
+            let leased = epoch == Epoch(0);
+            return Err(if leased { refusal::LEASED } else { refusal::NOT_LEASED });
+        }
+        if Generation(ask.seen_generation) != self.generation {
+            return Err(refusal::RACED);
         }
         self.generation = Generation(self.generation.0 + 1);
-        let applied = BTreeSet::new();
-        self.writer = Some(WriterState { attachment, node, answered_below: 0, applied });
-        true
+        let shared = self.leases.grant(epoch).is_some_and(|grant| grant.shared);
+        let (generation, node) = (self.generation, NodeId(ask.node));
+        self.writers.admit(Writer { attachment, generation, node, epoch }, shared);
+        Ok(())
     }
 
     fn next_sequence(&mut self) -> Sequence {
@@ -202,18 +218,15 @@ impl Machine for FamilyState {
     }
 
     fn encode(&self) -> Bytes {
-        let writer = self.writer.as_ref().map(|writer| WriterV1 {
-            attachment: writer.attachment.0,
-            node: writer.node.0,
-            answered_below: writer.answered_below,
-            applied: writer.applied.iter().copied().collect(),
-        });
         let state = StateV1 {
             version: STATE_VERSION,
             sequence: self.sequence.0,
             size: self.size,
             generation: self.generation.0,
-            writer,
+            writer: None,
+            writers: self.writers.to_state(),
+            leases: Some(self.leases.to_state()),
+            content: Some(self.content.to_state()),
         };
         state.encode_to_vec().into()
     }
@@ -225,21 +238,25 @@ impl Machine for FamilyState {
             return Ok(());
         }
         let state = StateV1::decode(state).map_err(|error| DecodeStateError(error.to_string()))?;
-        if state.version != STATE_VERSION {
+        if !(1..=STATE_VERSION).contains(&state.version) {
             let found = state.version;
             return Err(DecodeStateError(format!(
-                "family state has version {found}, this program reads {STATE_VERSION}: upgrade it"
+                "family state has version {found}, this program reads 1 to {STATE_VERSION}: \
+                 upgrade it"
             )));
         }
+        let content = match &state.content {
+            None => Content::Blank,
+            Some(content) => Content::from_state(content)
+                .ok_or_else(|| DecodeStateError("unknown content: upgrade this node".into()))?,
+        };
+        let only = state.writer.map(|writer| writer.of_generation(state.generation));
         self.sequence = Sequence(state.sequence);
         self.size = state.size;
         self.generation = Generation(state.generation);
-        self.writer = state.writer.map(|writer| WriterState {
-            attachment: AttachmentId(writer.attachment),
-            node: NodeId(writer.node),
-            answered_below: writer.answered_below,
-            applied: writer.applied.into_iter().collect(),
-        });
+        self.writers = Writers::from_state(only.into_iter().chain(state.writers).collect());
+        self.leases = state.leases.as_ref().map(LeaseTable::from_state).unwrap_or_default();
+        self.content = content;
         Ok(())
     }
 
@@ -253,11 +270,46 @@ mod tests {
     use ballast_block::AlignedBuf;
 
     use super::*;
-    use crate::command::{AttachV1, DetachV1, ResizeV1};
+    use crate::command::{DetachV1, GrantV1, ResizeV1, SetLeasesV1};
 
     fn attach(state: &mut FamilyState, attachment: u64, seen_generation: u64) -> FamilyReplyV1 {
-        let attach = AttachV1 { attachment, node: 1, seen_generation };
+        attach_under(state, attachment, seen_generation, 0)
+    }
+
+    fn attach_under(
+        state: &mut FamilyState,
+        attachment: u64,
+        seen_generation: u64,
+        epoch: u64,
+    ) -> FamilyReplyV1 {
+        let attach = AttachV1 { attachment, node: 1, seen_generation, epoch };
         control(state, FamilyCommand::Attach(attach))
+    }
+
+    fn lease(state: &mut FamilyState, revision: u64, grants: &[(u64, bool, bool)]) {
+        let grant = |&(epoch, writes, shared): &_| GrantV1 { epoch, writes, shared };
+        let grants = grants.iter().map(grant).collect();
+        let reply = control(state, FamilyCommand::SetLeases(SetLeasesV1 { revision, grants }));
+        assert!(!reply.refused);
+    }
+
+    fn write_under(
+        state: &mut FamilyState,
+        (attachment, generation, epoch): (u64, u64, u64),
+        request: u64,
+    ) -> Decision {
+        let origin = Origin {
+            attachment: AttachmentId(attachment),
+            generation: Generation(generation),
+            epoch: Epoch(epoch),
+            request,
+            ..Origin::default()
+        };
+        state.decide(&Command::write(origin, 0, AlignedBuf::zeroed(4096).freeze()))
+    }
+
+    fn is_written(decision: Decision) -> bool {
+        matches!(decision, Decision::Write { .. })
     }
 
     fn control(state: &mut FamilyState, command: FamilyCommand) -> FamilyReplyV1 {
@@ -336,5 +388,94 @@ mod tests {
         assert_eq!(state.decide(&command), rejected(Rejection::OutsideVolume));
         control(&mut state, FamilyCommand::Resize(ResizeV1 { size: 2 << 20 }));
         assert!(matches!(state.decide(&command), Decision::Trim { .. }));
+    }
+
+    #[test]
+    fn a_new_lease_fences_what_the_old_holder_still_sends() {
+        let mut state = fresh();
+        lease(&mut state, 1, &[(1, true, false)]);
+        assert_eq!(attach(&mut state, 6, 0).why, refusal::LEASED);
+        assert_eq!(attach_under(&mut state, 6, 0, 2).why, refusal::NOT_LEASED);
+        assert_eq!(attach_under(&mut state, 7, 0, 1).generation, 1);
+        assert!(is_written(write_under(&mut state, (7, 1, 1), 1)));
+        assert_eq!(write_under(&mut state, (7, 1, 0), 2), rejected(Rejection::StaleEpoch));
+
+        lease(&mut state, 2, &[(2, true, false)]);
+        assert_eq!(write_under(&mut state, (7, 1, 1), 2), rejected(Rejection::StaleEpoch));
+        assert_eq!(attach_under(&mut state, 8, 1, 2).generation, 2);
+        lease(&mut state, 1, &[(1, true, false)]);
+        assert_eq!(attach_under(&mut state, 9, 2, 1).why, refusal::NOT_LEASED, "came late");
+        assert!(is_written(write_under(&mut state, (8, 2, 2), 1)));
+
+        lease(&mut state, 3, &[]);
+        assert_eq!(write_under(&mut state, (8, 2, 2), 2), rejected(Rejection::StaleEpoch));
+        assert_eq!(attach(&mut state, 10, 2).generation, 3, "nobody leases it any more");
+        lease(&mut state, 4, &[(3, false, true)]);
+        assert_eq!(write(&mut state, 10, 3, 1), rejected(Rejection::StaleGeneration));
+        assert_eq!(attach_under(&mut state, 11, 3, 3).why, refusal::NOT_LEASED, "it only reads");
+    }
+
+    #[test]
+    fn holders_of_shared_leases_write_side_by_side() {
+        let mut state = fresh();
+        lease(&mut state, 1, &[(1, true, true), (2, true, true)]);
+        assert_eq!(attach_under(&mut state, 7, 0, 1).generation, 1);
+        assert_eq!(attach_under(&mut state, 8, 1, 2).generation, 2);
+        for request in [1, 2] {
+            assert!(is_written(write_under(&mut state, (7, 1, 1), request)));
+            assert!(is_written(write_under(&mut state, (8, 2, 2), request)));
+        }
+        assert_eq!(attach_under(&mut state, 9, 2, 1).generation, 3, "the first host comes again");
+        assert_eq!(write_under(&mut state, (7, 1, 1), 3), rejected(Rejection::StaleGeneration));
+        assert!(is_written(write_under(&mut state, (8, 2, 2), 3)));
+
+        let mut again = fresh();
+        again.restore(&state.encode()).unwrap();
+        assert_eq!(again.encode(), state.encode());
+        assert_eq!(write_under(&mut again, (8, 2, 2), 3), rejected(Rejection::Duplicate));
+        lease(&mut again, 2, &[(1, true, true)]);
+        assert_eq!(write_under(&mut again, (8, 2, 2), 4), rejected(Rejection::StaleEpoch));
+        assert!(is_written(write_under(&mut again, (9, 3, 1), 1)));
+    }
+
+    #[test]
+    fn the_record_decides_on_formatting() {
+        let mut state = fresh();
+        let ask = |state: &mut FamilyState, kind, fs_type: &str| {
+            let fs_type = fs_type.to_owned();
+            control(state, FamilyCommand::SetContent(SetContentV1 { kind, fs_type }))
+        };
+        assert!(!ask(&mut state, 2, "xfs").refused);
+        attach(&mut state, 7, 0);
+        assert!(is_written(write(&mut state, 7, 1, 1)));
+        assert!(!ask(&mut state, 2, "ext4").refused, "nobody has used it");
+        let reply = ask(&mut state, 3, "ext4");
+        assert_eq!((reply.refused, reply.content, &reply.fs_type[..]), (false, 3, "ext4"));
+        let reply = ask(&mut state, 2, "ext4");
+        assert_eq!((reply.refused, reply.content, reply.ever_written), (true, 3, true));
+        let mut again = fresh();
+        again.restore(&state.encode()).unwrap();
+        assert_eq!(again.content(), (&Content::Filesystem("ext4".into()), true));
+
+        let mut raw = fresh();
+        attach(&mut raw, 7, 0);
+        assert!(is_written(write(&mut raw, 7, 1, 1)));
+        assert!(ask(&mut raw, 2, "ext4").refused, "somebody wrote to it");
+    }
+
+    #[test]
+    fn state_of_version_1_is_understood() {
+        let mut state = fresh();
+        attach(&mut state, 7, 0);
+        assert!(is_written(write(&mut state, 7, 1, 5)));
+        let mut old = StateV1::decode(state.encode()).unwrap();
+        old.version = 1;
+        old.writer = old.writers.pop().map(|writer| writer.of_generation(0));
+        (old.leases, old.content) = (None, None);
+        let mut again = fresh();
+        again.restore(&old.encode_to_vec()).unwrap();
+        assert_eq!(again.encode(), state.encode());
+        old.version = 3;
+        assert!(again.restore(&old.encode_to_vec()).is_err());
     }
 }

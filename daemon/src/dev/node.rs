@@ -73,7 +73,8 @@ pub fn config_text(cluster: &Description, node: &NodeDescription) -> String {
     let mut text = format!(
         "# Written by `ballastd dev`, once. Yours to change while the node is stopped.\n\
          cluster = \"{}\"\nnode = {}\n{}\n\n\
-         [listen]\nnbd = [{}]\ngrpc = \"{}\"\nmetrics = \"{}\"\n",
+         [listen]\nnbd = [{}]\ngrpc = \"{}\"\nmetrics = \"{}\"\n\n\
+         [volumes]\n# Whoever connects may use a volume that has no lease.\nleases = \"optional\"\n",
         cluster.cluster,
         node.id,
         pools_text(cluster.pools_per_node),

@@ -1,0 +1,307 @@
+//! Leases on their way from the cluster group into the families' own logs.
+//!
+//! The cluster group decides who holds a lease; a family fences by what its own log says (hazard
+//! F10). Owns the way between the two: the leader proposes what the cluster knows, when it is asked,
+//! when somebody attaches under a lease that it has not heard of, and in each round of `reconcile`.
+//! Never decides about a lease. Write path, before step 3.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use ballast_block::{Epoch, FamilyId, NodeId, VolumeId};
+use ballast_cluster::{Lease, LeaseMode, Volume};
+use ballast_env::Env;
+use ballast_volume::command::{FamilyCommand, GrantV1, SetContentV1, SetLeasesV1};
+use ballast_volume::content::Content;
+use ballast_volume::family::{ExecuteError, Family};
+use thiserror::Error;
+
+use crate::attach::{DONE, NOT_LEADER, STOPPED};
+use crate::calls::{ContentReplyV1, InstallLeasesV1, Tag, decode};
+use crate::node::{Inner, Node};
+use crate::peers::links::Lane;
+use crate::peers::wire::{Frame, Kind};
+
+/// Longest that an administrator waits for a family to take its leases or content over: an election
+/// and some.
+const INSTALL_MAX: Duration = Duration::from_secs(10);
+/// Longest wait for one answer of one node.
+const ATTEMPT_MAX: Duration = Duration::from_secs(2);
+const RETRY_PAUSE: Duration = Duration::from_millis(50);
+/// How much later than another node this one may know what the cluster group has decided.
+pub(crate) const COPY_LAG_MAX: Duration = Duration::from_secs(1);
+
+/// Whether an export needs a lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LeasePolicy {
+    /// Always.
+    Required,
+    /// Whoever connects may use a volume that has no lease, and read any: for development.
+    Optional,
+}
+
+/// Why a family did not take over what it was told.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum LeaseError {
+    /// There is no such volume.
+    #[error("there is no volume {0}: see the list of volumes")]
+    VolumeUnknown(VolumeId),
+    /// No leader answered in time. What the cluster group has decided stands: asked again, it goes on.
+    #[error("volume {0:?} has no quorum of replicas: check its nodes, then ask again")]
+    NoQuorum(String),
+}
+
+/// What a volume holds, as its own record says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ContentReply {
+    /// It holds something else, and was left as it is.
+    pub refused: bool,
+    /// What it holds.
+    pub content: Content,
+    /// Whether anything was ever written to it.
+    pub ever_written: bool,
+}
+
+impl<E: Env> Node<E> {
+    /// Has a volume's family take the leases over that the cluster group knows. When this returns,
+    /// no write under an earlier lease is applied any more. For a node of the volume's shard.
+    ///
+    /// # Errors
+    /// [`LeaseError`].
+    pub async fn install_leases(&self, volume: VolumeId) -> Result<(), LeaseError> {
+        install(&self.inner, volume).await
+    }
+
+    /// Says what a volume holds, or asks only: [`Content`]. For a node of the volume's shard.
+    ///
+    /// # Errors
+    /// [`LeaseError`].
+    pub async fn set_content(
+        &self,
+        volume: VolumeId,
+        content: Option<Content>,
+    ) -> Result<ContentReply, LeaseError> {
+        set_content(&self.inner, volume, content).await
+    }
+}
+
+/// Has the family's leader take the leases over that the cluster group knows. When this returns, no
+/// write under an earlier lease is applied any more.
+///
+/// # Errors
+/// [`LeaseError`].
+pub(crate) async fn install<E: Env>(
+    inner: &Rc<Inner<E>>,
+    volume: VolumeId,
+) -> Result<(), LeaseError> {
+    let known = inner.cluster.state().volume(volume).cloned();
+    let known = known.ok_or(LeaseError::VolumeUnknown(volume))?;
+    let ask = InstallLeasesV1 { revision: known.lease_revision };
+    let body = Tag::InstallLeases.message(&ask);
+    at_leader(inner, &known, body).await.map(|_| ())
+}
+
+/// Says what a volume holds, or asks only. Guarantee **never-format-data**: nobody formats without
+/// having been let become [`Content::Formatting`] first.
+///
+/// # Errors
+/// [`LeaseError`].
+pub(crate) async fn set_content<E: Env>(
+    inner: &Rc<Inner<E>>,
+    volume: VolumeId,
+    content: Option<Content>,
+) -> Result<ContentReply, LeaseError> {
+    let known = inner.cluster.state().volume(volume).cloned();
+    let known = known.ok_or(LeaseError::VolumeUnknown(volume))?;
+    let ask = content.as_ref().map(SetContentV1::of).unwrap_or_default();
+    let reply = at_leader(inner, &known, Tag::Content.message(&ask)).await?;
+    let content = Content::from_kind(reply.content, &reply.fs_type);
+    // A leader of a newer version: as long as nobody knows what it is, it is not to be formatted.
+    let content = content.unwrap_or(Content::Raw);
+    Ok(ContentReply { refused: reply.refused, content, ever_written: reply.ever_written })
+}
+
+/// Asks the leader of a volume, whoever that is.
+async fn at_leader<E: Env>(
+    inner: &Rc<Inner<E>>,
+    volume: &Volume,
+    body: bytes::Bytes,
+) -> Result<ContentReplyV1, LeaseError> {
+    let end = inner.env.now().after(INSTALL_MAX);
+    let mut hint = None;
+    for turn in 0.. {
+        let target = hint.take().or_else(|| likely_leader(inner, volume.family, turn));
+        if let Some(target) = target {
+            match ask(inner, target, volume.family, body.clone()).await {
+                Some(reply) if reply.code == DONE => return Ok(reply),
+                Some(reply) if reply.node != 0 => hint = Some(NodeId(reply.node)),
+                _ => {}
+            }
+        }
+        if inner.env.now() >= end || *inner.stopping.borrow() {
+            break;
+        }
+        inner.env.sleep(RETRY_PAUSE).await;
+    }
+    Err(LeaseError::NoQuorum(volume.name.clone()))
+}
+
+/// Who this node believes to lead, then each node that has a replica in turn.
+fn likely_leader<E: Env>(inner: &Inner<E>, family: FamilyId, turn: usize) -> Option<NodeId> {
+    let own = inner.families.borrow().get(&family).and_then(|family| family.group().leader_node());
+    let state = inner.cluster.state();
+    let nodes: Vec<NodeId> = state.replicas_of(family).map(|replica| replica.node).collect();
+    let in_turn = nodes.get(turn % nodes.len().max(1)).copied();
+    own.filter(|_| turn.is_multiple_of(2)).or(in_turn)
+}
+
+async fn ask<E: Env>(
+    inner: &Rc<Inner<E>>,
+    target: NodeId,
+    family: FamilyId,
+    body: bytes::Bytes,
+) -> Option<ContentReplyV1> {
+    if target == inner.config.node {
+        let tag = Tag::from_byte(body[0]).expect("made here");
+        return Some(match tag {
+            Tag::InstallLeases => install_here(inner, family, decode(body.slice(1..)).ok()?).await,
+            _ => content_here(inner, family, decode(body.slice(1..)).ok()?).await,
+        });
+    }
+    let frame = Frame { family, ..Frame::plain(Kind::Call, 0, body) };
+    let reply = inner.links.call(target, Lane::Control, frame, ATTEMPT_MAX).await.ok()?;
+    decode(reply.body).ok()
+}
+
+/// Takes over at least that revision of the leases, if this node leads the family.
+pub(crate) async fn install_here<E: Env>(
+    inner: &Rc<Inner<E>>,
+    family: FamilyId,
+    ask: InstallLeasesV1,
+) -> ContentReplyV1 {
+    let Some(member) = family_here(inner, family) else { return stopped() };
+    if member.group().leading_term().is_none() {
+        return not_leader(member.group().leader_node());
+    }
+    // The asker may have heard of it before this node.
+    let heard = |state: &ballast_cluster::ClusterState| {
+        state.volume_of_family(family).is_some_and(|known| known.lease_revision >= ask.revision)
+    };
+    hear(inner, heard).await;
+    match bring_up(inner, &member).await {
+        Ok(()) if member.state().leases().revision() >= ask.revision => ContentReplyV1::default(),
+        Ok(()) => stopped(),
+        Err(error) => failed(&error),
+    }
+}
+
+/// Answers what the volume holds, and makes it what is asked if that destroys nothing, if this node
+/// leads the family.
+pub(crate) async fn content_here<E: Env>(
+    inner: &Rc<Inner<E>>,
+    family: FamilyId,
+    ask: SetContentV1,
+) -> ContentReplyV1 {
+    let Some(member) = family_here(inner, family) else { return stopped() };
+    if ask.kind != 0 {
+        if Content::from_kind(ask.kind, &ask.fs_type).is_none() {
+            return stopped();
+        }
+        return match member.control(FamilyCommand::SetContent(ask)).await {
+            Ok(reply) => ContentReplyV1 {
+                refused: reply.refused,
+                content: reply.content,
+                fs_type: reply.fs_type,
+                ever_written: reply.ever_written,
+                ..ContentReplyV1::default()
+            },
+            Err(error) => failed(&error),
+        };
+    }
+    if let Err(shut) = member.group().pass().await {
+        return failed(&shut.into());
+    }
+    let state = member.state();
+    let (content, ever_written) = state.content();
+    ContentReplyV1 {
+        content: content.kind(),
+        fs_type: content.fs_type().to_owned(),
+        ever_written,
+        ..ContentReplyV1::default()
+    }
+}
+
+/// Proposes the leases that this node knows of, where the family has older ones. For the leader.
+pub(crate) async fn bring_up<E: Env>(
+    inner: &Inner<E>,
+    family: &Family<E>,
+) -> Result<(), ExecuteError> {
+    let id = family.group().replica().family();
+    let known = inner.cluster.state().volume_of_family(id).cloned();
+    let Some(volume) = known else { return Ok(()) };
+    if volume.lease_revision <= family.state().leases().revision() {
+        return Ok(());
+    }
+    let grants = volume.leases.iter().map(grant).collect();
+    let leases = SetLeasesV1 { revision: volume.lease_revision, grants };
+    family.control(FamilyCommand::SetLeases(leases)).await.map(|_| ())
+}
+
+/// Whether the family knows that lease, once it has heard what the cluster group decided. For the
+/// leader, before it takes an attachment.
+pub(crate) async fn is_in_force<E: Env>(
+    inner: &Rc<Inner<E>>,
+    family: &Family<E>,
+    epoch: Epoch,
+) -> Result<bool, ExecuteError> {
+    let id = family.group().replica().family();
+    if family.state().leases().grant(epoch).is_some() {
+        return Ok(true);
+    }
+    hear(inner, |state| state.volume_of_family(id).is_some_and(|known| known.last_epoch >= epoch))
+        .await;
+    bring_up(inner, family).await?;
+    Ok(family.state().leases().grant(epoch).is_some())
+}
+
+/// Waits until the state of the cluster group as it is known here is such, for as long as it may
+/// lag.
+async fn hear<E: Env>(inner: &Inner<E>, such: impl Fn(&ballast_cluster::ClusterState) -> bool) {
+    let heard = async {
+        let mut changes = inner.cluster.changes();
+        while !such(&inner.cluster.state()) && changes.next().await {}
+    };
+    tokio::select! {
+        biased;
+        () = heard => {}
+        () = inner.env.sleep(COPY_LAG_MAX) => {}
+    }
+}
+
+fn grant(lease: &Lease) -> GrantV1 {
+    GrantV1 {
+        epoch: lease.epoch.0,
+        writes: !lease.read_only,
+        shared: matches!(lease.mode, LeaseMode::Readers | LeaseMode::Writers),
+    }
+}
+
+fn family_here<E: Env>(inner: &Inner<E>, family: FamilyId) -> Option<Family<E>> {
+    inner.families.borrow().get(&family).cloned()
+}
+
+fn stopped() -> ContentReplyV1 {
+    ContentReplyV1 { code: STOPPED, ..ContentReplyV1::default() }
+}
+
+fn not_leader(hint: Option<NodeId>) -> ContentReplyV1 {
+    let node = hint.map_or(0, |node| node.0);
+    ContentReplyV1 { code: NOT_LEADER, node, ..ContentReplyV1::default() }
+}
+
+fn failed(error: &ExecuteError) -> ContentReplyV1 {
+    match error {
+        ExecuteError::NotLeader { hint } => not_leader(*hint),
+        _ => stopped(),
+    }
+}
