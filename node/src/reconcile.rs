@@ -8,10 +8,10 @@ use std::collections::BTreeMap;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
-use ballast_block::ReplicaId;
+use ballast_block::{NodeId, PoolId, ReplicaId, ShardId};
 use ballast_cluster::{
-    Command, NodeBooted, PoolSpace, Refusal, RegisterNode, Replica, ReplicaState, Reply, Volume,
-    VolumePhase,
+    ClusterState, Command, NodeBooted, PoolSpace, Refusal, RegisterNode, Replica, ReplicaState,
+    Reply, Volume, VolumePhase,
 };
 use ballast_env::Env;
 use ballast_raft_store::types::Member;
@@ -178,9 +178,12 @@ fn booted<E: Env>(inner: &Inner<E>) -> Command {
 /// Whether the state here has this start of the pool, and so all that was decided before it.
 fn knows_this_start<E: Env>(inner: &Inner<E>) -> bool {
     let own = inner.links.identity();
-    let state = inner.cluster.state();
-    let known = state.pool(own.pool).map(|pool| (pool.boot_counter, pool.incarnation));
-    known == Some((own.boot, own.incarnation))
+    knows(&inner.cluster.state(), own.pool, (own.boot, own.incarnation))
+}
+
+/// `start`: its boot counter and its incarnation.
+fn knows(state: &ClusterState, pool: PoolId, start: (u64, u64)) -> bool {
+    state.pool(pool).is_some_and(|known| (known.boot_counter, known.incarnation) == start)
 }
 
 fn space<E: Env>(inner: &Inner<E>) -> PoolSpace {
@@ -189,15 +192,9 @@ fn space<E: Env>(inner: &Inner<E>) -> PoolSpace {
 }
 
 async fn round<E: Env>(inner: &Rc<Inner<E>>) {
-    let own: Vec<(Replica, Option<Volume>)> = {
-        let state = inner.cluster.state();
-        let on_shard = state.replicas_on_shard(inner.config.node, inner.shard());
-        let own = on_shard.filter(|replica| replica.pool == inner.pool.id()).cloned();
-        own.map(|replica| {
-            let volume = state.volume_of_family(replica.family).cloned();
-            (replica, volume)
-        })
-        .collect()
+    let own = {
+        let (node, shard) = (inner.config.node, inner.shard());
+        own_replicas(&inner.cluster.state(), node, shard, inner.pool.id())
     };
     for (replica, volume) in own {
         match (replica.state, volume) {
@@ -209,6 +206,23 @@ async fn round<E: Env>(inner: &Rc<Inner<E>>) {
         }
     }
     report_pool(inner).await;
+}
+
+/// What the state wants on this pool. What it has on others of this shard is not ours to make: they
+/// were here before this one.
+fn own_replicas(
+    state: &ClusterState,
+    node: NodeId,
+    shard: ShardId,
+    pool: PoolId,
+) -> Vec<(Replica, Option<Volume>)> {
+    let on_shard = state.replicas_on_shard(node, shard);
+    let own = on_shard.filter(|replica| replica.pool == pool).cloned();
+    own.map(|replica| {
+        let volume = state.volume_of_family(replica.family).cloned();
+        (replica, volume)
+    })
+    .collect()
 }
 
 async fn report_pool<E: Env>(inner: &Rc<Inner<E>>) {
@@ -322,5 +336,102 @@ async fn remove<E: Env>(inner: &Rc<Inner<E>>, replica: &Replica) {
             let _ = inner.cluster.propose(&Command::ReplicaRemoved { replica: replica.id }).await;
         }
         Err(reason) => tracing::error!(replica = %replica.id, reason, "replica can't be removed"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ballast_block::{ClusterId, VolumeId};
+    use ballast_cluster::CreateVolume;
+
+    use super::*;
+
+    const NODE: NodeId = NodeId(1);
+
+    fn pool(number: u8) -> PoolId {
+        PoolId::from_bytes([number; 16])
+    }
+
+    /// A start of a node with a pool on shard 1: its boot counter and its incarnation.
+    fn boots(state: &mut ClusterState, node: NodeId, number: u8, start: (u64, u64)) {
+        let (boot_counter, incarnation) = start;
+        let space = PoolSpace { capacity_bytes: 1 << 30, used_bytes: 0 };
+        let booted = Command::NodeBooted(NodeBooted {
+            node,
+            pool: pool(number),
+            shard: ShardId(1),
+            boot_counter,
+            incarnation,
+            space,
+            settled: 0,
+            settled_boot: 0,
+            offered: 0,
+            member: None,
+            told: None,
+        });
+        assert_eq!(state.apply(booted), Reply::Done);
+    }
+
+    /// Three nodes with a pool each, and a volume whose replicas are to be made there.
+    fn older() -> ClusterState {
+        let mut state = ClusterState::new(ClusterId::from_bytes([1; 16]));
+        for number in 1..=3 {
+            let node = NodeId(number.into());
+            let register = RegisterNode {
+                node,
+                name: format!("n{number}"),
+                peer_address: format!("10.0.0.{number}:7100"),
+                labels: BTreeMap::new(),
+            };
+            assert_eq!(state.apply(Command::RegisterNode(register)), Reply::Done);
+            boots(&mut state, node, number, (1, 100));
+        }
+        let create = CreateVolume {
+            volume: VolumeId::from_bytes([1; 16]),
+            name: "first".to_owned(),
+            size_bytes: 16 << 20,
+            replicas: 3,
+            created_at_ms: 0,
+            preferred: Vec::new(),
+        };
+        state.apply(Command::CreateVolume(create));
+        let wanted = own_replicas(&state, NODE, ShardId(1), pool(1));
+        let creating = |(it, volume): &(Replica, Option<Volume>)| {
+            it.state == ReplicaState::Creating && volume.is_some()
+        };
+        assert!(wanted.len() == 1 && wanted.iter().all(creating), "{wanted:?}");
+        state
+    }
+
+    #[test]
+    fn a_start_is_known_only_by_a_state_that_has_it() {
+        let mut state = older();
+        assert!(knows(&state, pool(1), (1, 100)));
+        // A later start; another process with the same counter, as on a copy of the pool.
+        for start in [(2, 101), (1, 101)] {
+            assert!(!knows(&state, pool(1), start), "{start:?}");
+        }
+        boots(&mut state, NODE, 1, (2, 101));
+        assert!(knows(&state, pool(1), (2, 101)) && !knows(&state, pool(1), (1, 100)));
+    }
+
+    #[test]
+    fn a_state_from_before_a_pool_was_replaced_makes_no_replica_on_what_replaced_it() {
+        let mut state = older();
+        let before = own_replicas(&state, NODE, ShardId(1), pool(1))[0].0;
+        assert!(!knows(&state, pool(9), (1, 200)));
+        assert!(own_replicas(&state, NODE, ShardId(1), pool(9)).is_empty());
+        let made: Vec<ReplicaId> = state.replicas_of(before.family).map(|it| it.id).collect();
+        for replica in made {
+            state.apply(Command::ReplicaReady { replica });
+        }
+        state.apply(Command::FamilyFormed { family: before.family });
+        let replace = Command::ReplacePool { node: NODE, pool: pool(1) };
+        assert_eq!(state.apply(replace), Reply::GivenUp);
+        boots(&mut state, NODE, 9, (1, 200));
+        assert!(knows(&state, pool(9), (1, 200)));
+        let wanted = own_replicas(&state, NODE, ShardId(1), pool(9));
+        assert_eq!(wanted.len(), 1);
+        assert_ne!(wanted[0].0.id, before.id, "an id is made once");
     }
 }
