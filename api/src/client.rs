@@ -30,6 +30,10 @@ const ALIVE_INTERVAL: Duration = Duration::from_secs(1);
 /// a request no longer, one that is only slow is waited for.
 const ALIVE_TIMEOUT: Duration = Duration::from_secs(4);
 
+/// Largest answer that is taken in, in bytes: the leases of a hundred thousand volumes. Volumes come
+/// in pages.
+const ANSWER_BYTES_MAX: usize = 64 << 20;
+
 /// A list of endpoints that can't be used.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum EndpointError {
@@ -164,6 +168,14 @@ calls! {
     delete_volume(DeleteVolumeRequest) -> DeleteVolumeResponse;
     /// Grows a volume.
     resize_volume(ResizeVolumeRequest) -> ResizeVolumeResponse;
+    /// Lets a host use a volume.
+    acquire_lease(AcquireLeaseRequest) -> AcquireLeaseResponse;
+    /// Ends a host's lease. After a retry, `released` may be false although the first try did it.
+    release_lease(ReleaseLeaseRequest) -> ReleaseLeaseResponse;
+    /// Leases of a volume, of a host, or all.
+    list_leases(ListLeasesRequest) -> ListLeasesResponse;
+    /// What a volume holds, and makes it say so.
+    set_volume_content(SetVolumeContentRequest) -> SetVolumeContentResponse;
     /// Moves a volume's leader.
     move_leader(MoveLeaderRequest) -> MoveLeaderResponse;
     /// Replicas of a volume, on a node, or all.
@@ -206,7 +218,8 @@ impl Node {
             .http2_keep_alive_interval(ALIVE_INTERVAL)
             .keep_alive_timeout(ALIVE_TIMEOUT)
             .connect_lazy();
-        Ok(Self { url, admin: AdminClient::new(channel) })
+        let admin = AdminClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX);
+        Ok(Self { url, admin })
     }
 }
 

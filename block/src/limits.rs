@@ -309,6 +309,9 @@ pub const HOST_NAME_BYTES_MAX: usize = 253;
 /// Length of the reason of a forced lease, in bytes: a sentence or two.
 pub const LEASE_REASON_BYTES_MAX: usize = 256;
 
+/// Length of the type of a file system in a volume's record of what it holds, in bytes: `ext4`.
+pub const FS_TYPE_BYTES_MAX: usize = 32;
+
 /// Length of a node's name, in bytes: a DNS subdomain, as Kubernetes nodes have.
 pub const NODE_NAME_BYTES_MAX: usize = 253;
 

@@ -119,7 +119,12 @@ fn a_cluster_lives_dies_and_comes_back_with_its_data() {
     let create = || {
         ask(cluster.node(2, "grpc"), async |mut admin| {
             let name = "more".to_owned();
-            let request = api::CreateVolumeRequest { name, size_bytes: 1 << 20, replicas: 3 };
+            let request = api::CreateVolumeRequest {
+                name,
+                size_bytes: 1 << 20,
+                replicas: 3,
+                ..Default::default()
+            };
             admin.create_volume(request).await.unwrap().into_inner().volume.unwrap()
         })
     };

@@ -12,6 +12,7 @@ use thiserror::Error;
 
 use crate::attach;
 use crate::calls::{MoveLeaderV1, MovedV1, NodeReportV1, Tag, decode};
+use crate::leases::LeaseError;
 use crate::node::Node;
 use crate::peers::links::Lane;
 use crate::peers::wire::{Frame, Kind};
@@ -55,6 +56,15 @@ pub enum AdminError {
     /// The volume was created, but is not usable yet.
     #[error("volume {0:?} is created but has no quorum of replicas yet; check its nodes")]
     NotReady(String),
+    /// What is known here lags behind.
+    #[error(
+        "this node has not heard yet what was decided about volume {0:?}: ask again, here or at \
+         another node"
+    )]
+    NotHeard(String),
+    /// The family did not take over what was decided. That stands: asked again, it goes on.
+    #[error(transparent)]
+    NotTaken(#[from] LeaseError),
     /// The leader can't be moved there.
     #[error("leader of {volume:?} can't move to {node}: {reason}")]
     CantMove {
@@ -156,6 +166,20 @@ impl<E: Env> Node<E> {
         size_bytes: u64,
         replicas: u32,
     ) -> Result<Volume, AdminError> {
+        self.create_volume_near(name, size_bytes, replicas, Vec::new()).await
+    }
+
+    /// As [`Node::create_volume`], with replicas on the preferred nodes if there is room.
+    ///
+    /// # Errors
+    /// [`AdminError`].
+    pub async fn create_volume_near(
+        &self,
+        name: &str,
+        size_bytes: u64,
+        replicas: u32,
+        preferred: Vec<NodeId>,
+    ) -> Result<Volume, AdminError> {
         let env = &self.inner.env;
         let command = Command::CreateVolume(CreateVolume {
             volume: VolumeId::from_random(env.random_16()),
@@ -163,13 +187,9 @@ impl<E: Env> Node<E> {
             size_bytes,
             replicas,
             created_at_ms: env.wall_ms(),
-            preferred: Vec::new(),
+            preferred,
         });
-        let volume = match self.inner.cluster.propose(&command).await? {
-            Reply::Volume(volume) => volume,
-            Reply::Refused(refusal) => return Err(refusal.into()),
-            reply => unreachable!("creating a volume was answered {reply:?}"),
-        };
+        let volume = self.propose_about_volume(&command).await?;
         let end = env.now().after(READY_MAX);
         loop {
             let now = self.cluster_state().volume(volume.id).cloned();
@@ -216,11 +236,18 @@ impl<E: Env> Node<E> {
         size_bytes: u64,
     ) -> Result<Volume, AdminError> {
         let volume = self.find_volume(name_or_id)?.id;
-        let command = Command::ResizeVolume { volume, size_bytes };
-        match self.inner.cluster.propose(&command).await? {
+        self.propose_about_volume(&Command::ResizeVolume { volume, size_bytes }).await
+    }
+
+    /// For commands that are answered with the volume.
+    pub(crate) async fn propose_about_volume(
+        &self,
+        command: &Command,
+    ) -> Result<Volume, AdminError> {
+        match self.inner.cluster.propose(command).await? {
             Reply::Volume(volume) => Ok(volume),
             Reply::Refused(refusal) => Err(refusal.into()),
-            reply => unreachable!("resizing a volume was answered {reply:?}"),
+            reply => unreachable!("{command} was answered {reply:?}"),
         }
     }
 

@@ -6,6 +6,7 @@
 //! [`shards`].
 
 pub use ballast_cluster as cluster;
+pub use ballast_volume::content;
 pub use ballast_volume::group::RaftSettings;
 
 pub mod admin;
@@ -18,6 +19,7 @@ pub mod cluster_group;
 pub mod config;
 pub mod families;
 pub mod leases;
+pub mod leasing;
 mod members;
 mod mend;
 mod meters;

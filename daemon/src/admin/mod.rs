@@ -3,6 +3,7 @@
 //! Owns the translation only: what is allowed and what happens is decided by `node` and the
 //! cluster group.
 
+mod leases;
 mod picture;
 mod service;
 mod status;

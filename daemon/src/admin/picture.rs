@@ -10,7 +10,7 @@ use ballast_node::cluster::{
     ClusterState, Node, NodeState, Pool, PoolState, Replica, ReplicaState, Volume, VolumePhase,
 };
 
-use super::Access;
+use super::{Access, leases};
 use crate::shard::{Condition, LinuxNode, ShardEnded};
 
 /// Entries that a replica may be behind its leader and still count as in sync: what is in flight
@@ -158,6 +158,7 @@ impl Picture {
             leader_node: self.leader(volume.family).map_or(0, |(node, _)| node.0),
             health: self.health(volume).into(),
             shard: volume.shard.0,
+            leases: volume.leases.iter().map(|lease| leases::lease(volume, lease)).collect(),
         }
     }
 

@@ -11,6 +11,7 @@ use ballast_node::cluster::{ClusterState, Pool, PoolState};
 use tonic::{Request, Response, Status};
 
 use super::Access;
+use super::leases;
 use super::picture::Picture;
 use super::status::status;
 use super::volumes::{self, node_unknown, volume_unknown};
@@ -198,6 +199,48 @@ impl Admin for Service {
         let volume = self.ask(|node| volumes::resize(node, request)).await??;
         let volume = Some(self.picture().await?.volume(&volume));
         Ok(Response::new(api::ResizeVolumeResponse { volume }))
+    }
+
+    async fn acquire_lease(
+        &self,
+        request: Request<api::AcquireLeaseRequest>,
+    ) -> Result<Response<api::AcquireLeaseResponse>, Status> {
+        let request = request.into_inner();
+        let shard = self.shard_of(&request.volume).await?;
+        let granted = shard.ask(|node| leases::acquire(node, request)).await;
+        let (volume, lease) = granted.map_err(unavailable)??;
+        let (lease, volume) = (Some(lease), Some(self.picture().await?.volume(&volume)));
+        Ok(Response::new(api::AcquireLeaseResponse { lease, volume }))
+    }
+
+    async fn release_lease(
+        &self,
+        request: Request<api::ReleaseLeaseRequest>,
+    ) -> Result<Response<api::ReleaseLeaseResponse>, Status> {
+        let request = request.into_inner();
+        let shard = self.shard_of(&request.volume).await?;
+        let released = shard.ask(|node| leases::release(node, request)).await;
+        released.map_err(unavailable)?.map(Response::new)
+    }
+
+    async fn list_leases(
+        &self,
+        request: Request<api::ListLeasesRequest>,
+    ) -> Result<Response<api::ListLeasesResponse>, Status> {
+        let request = request.into_inner();
+        self.ask(async move |node| leases::list(&node.cluster_state(), &request))
+            .await?
+            .map(Response::new)
+    }
+
+    async fn set_volume_content(
+        &self,
+        request: Request<api::SetVolumeContentRequest>,
+    ) -> Result<Response<api::SetVolumeContentResponse>, Status> {
+        let request = request.into_inner();
+        let shard = self.shard_of(&request.volume).await?;
+        let answered = shard.ask(|node| leases::set_content(node, request)).await;
+        answered.map_err(unavailable)?.map(Response::new)
     }
 
     async fn move_leader(

@@ -1,8 +1,10 @@
 //! Changes of volumes, with the status of what is refused.
 
 use ballast_api::v1 as api;
+use ballast_block::NodeId;
 use ballast_node::admin::AdminError;
-use ballast_node::cluster::{RefusalCode, Volume, VolumePhase};
+use ballast_node::cluster::{ClusterState, RefusalCode, Volume, VolumePhase};
+use ballast_node::leases::LeaseError;
 use tonic::{Code, Status};
 
 use super::picture::Picture;
@@ -10,8 +12,10 @@ use crate::shard::LinuxNode;
 
 /// Replicas of a volume when the request names no number.
 const REPLICAS_DEFAULT: u32 = 3;
-/// Volumes in one page of a list, at most: a message stays well under its limit.
+/// Volumes in one page of a list, at most, and leases of them: a message stays well under its limit
+/// of 4 MiB, which is that of most clients.
 const PAGE_MAX: usize = 1000;
+const PAGE_LEASES_MAX: usize = 4000;
 
 /// Creates a volume, on shard 0.
 ///
@@ -19,12 +23,25 @@ const PAGE_MAX: usize = 1000;
 /// As `admin.proto` says.
 pub async fn create(node: LinuxNode, request: api::CreateVolumeRequest) -> Result<Volume, Status> {
     let replicas = if request.replicas == 0 { REPLICAS_DEFAULT } else { request.replicas };
-    match node.create_volume(&request.name, request.size_bytes, replicas).await {
+    let preferred = preferred(&node.cluster_state(), &request.preferred_nodes);
+    let (name, size_bytes) = (&request.name, request.size_bytes);
+    match node.create_volume_near(name, size_bytes, replicas, preferred).await {
         Ok(volume) => Ok(volume),
         // It is placed; that it can't be used yet is what its phase says.
         Err(AdminError::NotReady(name)) => node.find_volume(&name).map_err(status),
         Err(error) => Err(status(error)),
     }
+}
+
+/// The nodes of those names or numbers, each once. One that is not there is no reason to fail.
+fn preferred(state: &ClusterState, names: &[String]) -> Vec<NodeId> {
+    let mut nodes = Vec::new();
+    for node in names.iter().filter_map(|name| state.find_node(name)) {
+        if !nodes.contains(&node.id) {
+            nodes.push(node.id);
+        }
+    }
+    nodes
 }
 
 /// Deletes a volume, on shard 0.
@@ -89,6 +106,12 @@ pub fn list(
         0 => PAGE_MAX,
         size => size.min(PAGE_MAX),
     };
+    let mut leases = 0;
+    let fits = volumes.iter().take_while(|volume| {
+        leases += volume.leases.len();
+        leases <= PAGE_LEASES_MAX
+    });
+    let wanted = wanted.min(fits.count());
     let more = volumes.len() > wanted;
     volumes.truncate(wanted);
     let last = volumes.last().filter(|_| more).map(|volume| key(volume));
@@ -120,7 +143,13 @@ pub fn status(error: AdminError) -> Status {
         },
         AdminError::VolumeUnknown(volume) => return volume_unknown(volume),
         AdminError::NodeUnknown(node) => return node_unknown(&node.to_string()),
-        AdminError::NoQuorum(_) | AdminError::NotReady(_) => Code::Unavailable,
+        AdminError::NotTaken(LeaseError::VolumeUnknown(volume)) => {
+            return volume_unknown(&volume.to_string());
+        }
+        AdminError::NoQuorum(_)
+        | AdminError::NotReady(_)
+        | AdminError::NotHeard(_)
+        | AdminError::NotTaken(LeaseError::NoQuorum(_)) => Code::Unavailable,
         AdminError::CantMove { .. } => Code::FailedPrecondition,
     };
     Status::new(code, error.to_string())

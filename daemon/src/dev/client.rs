@@ -63,7 +63,7 @@ pub async fn create(
     replicas: u32,
 ) -> Result<(), DaemonError> {
     let (name, size_bytes) = (wanted.name.clone(), wanted.size.0);
-    let request = api::CreateVolumeRequest { name, size_bytes, replicas };
+    let request = api::CreateVolumeRequest { name, size_bytes, replicas, ..Default::default() };
     client.create_volume(request).await.map_err(refused("create a volume"))?;
     Ok(())
 }

@@ -1,0 +1,120 @@
+//! Leases as an administrator asks for them: decided by the cluster group, then taken over by the
+//! volume's own group, which fences by them.
+//!
+//! Never decides who gets one (`cluster`), nor what is refused under one (`volume`). For a node of
+//! the volume's shard.
+
+use std::time::Duration;
+
+use ballast_block::{Epoch, VolumeId};
+use ballast_cluster::{AcquireLease, Command, Lease, LeaseMode, Volume, VolumePhase};
+use ballast_env::Env;
+
+use crate::admin::AdminError;
+use crate::leases;
+use crate::node::Node;
+
+/// Longest wait until this node knows what the cluster group has decided.
+const HEARD_MAX: Duration = Duration::from_secs(3);
+const POLL: Duration = Duration::from_millis(5);
+
+/// Longest that the end of a lease is waited for where the volume's group has to hear of it. It is
+/// ended before: no other lease is granted that the group does not take over together with that.
+const RELEASED_MAX: Duration = Duration::from_secs(3);
+
+/// What is asked of a lease.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeaseAsk {
+    /// Who is to use the volume.
+    pub host: String,
+    /// How, and beside whom.
+    pub mode: LeaseMode,
+    /// Whether its writes are to be refused.
+    pub read_only: bool,
+    /// Take it from the hosts that stand in the way, for this reason.
+    pub by_force: Option<String>,
+}
+
+impl<E: Env> Node<E> {
+    /// Lets a host use a volume. When this returns, no write under a lease that had to make place is
+    /// applied any more, on any replica.
+    ///
+    /// # Errors
+    /// [`AdminError`]; [`AdminError::NotHeard`] and [`AdminError::NotTaken`] when the lease is
+    /// granted and not in force yet.
+    pub async fn acquire_lease(
+        &self,
+        name_or_id: &str,
+        ask: LeaseAsk,
+    ) -> Result<(Volume, Lease), AdminError> {
+        let LeaseAsk { host, mode, read_only, by_force } = ask;
+        let command = Command::AcquireLease(AcquireLease {
+            volume: self.find_volume(name_or_id)?.id,
+            host: host.clone(),
+            mode,
+            read_only,
+            force: by_force.is_some(),
+            reason: by_force.unwrap_or_default(),
+            at_ms: self.inner.env.wall_ms(),
+        });
+        let volume = self.propose_about_volume(&command).await?;
+        let lease = volume.lease(&host).cloned();
+        let lease = lease.ok_or_else(|| AdminError::NotHeard(volume.name.clone()))?;
+        self.hear_of_leases(&volume).await?;
+        self.take_over_leases(volume.id).await?;
+        Ok((volume, lease))
+    }
+
+    /// Ends a host's lease, or only the one with that epoch; 0 = whichever it has. Answers whether
+    /// there was one, as far as this node knew.
+    ///
+    /// # Errors
+    /// [`AdminError`]. None because the volume's group did not hear of it in time.
+    pub async fn release_lease(
+        &self,
+        name_or_id: &str,
+        host: &str,
+        epoch: Epoch,
+    ) -> Result<bool, AdminError> {
+        let before = self.find_volume(name_or_id)?;
+        let held = before.lease(host).map(|lease| lease.epoch);
+        let command = Command::ReleaseLease { volume: before.id, host: host.to_owned(), epoch };
+        let volume = self.propose_about_volume(&command).await?;
+        if volume.phase == VolumePhase::Ready {
+            let taken_over = async {
+                self.hear_of_leases(&volume).await?;
+                self.take_over_leases(volume.id).await
+            };
+            let taken_over = tokio::select! {
+                biased;
+                taken_over = taken_over => taken_over,
+                () = self.inner.env.sleep(RELEASED_MAX) => Ok(()),
+            };
+            if let Err(error) = taken_over {
+                tracing::info!(volume = volume.name, host, %error, "lease ended, not taken over yet");
+            }
+        }
+        Ok(held.is_some_and(|held| volume.lease_of_epoch(held).is_none()))
+    }
+
+    async fn take_over_leases(&self, volume: VolumeId) -> Result<(), AdminError> {
+        Ok(leases::install(&self.inner, volume).await?)
+    }
+
+    /// Waits until this shard knows the leases as they were decided.
+    async fn hear_of_leases(&self, volume: &Volume) -> Result<(), AdminError> {
+        let env = &self.inner.env;
+        let end = env.now().after(HEARD_MAX);
+        loop {
+            let known = self.cluster_state().volume(volume.id).map(|known| known.lease_revision);
+            match known {
+                None => return Err(AdminError::VolumeUnknown(volume.name.clone())),
+                Some(known) if known >= volume.lease_revision => return Ok(()),
+                Some(_) if env.now() >= end => {
+                    return Err(AdminError::NotHeard(volume.name.clone()));
+                }
+                Some(_) => env.sleep(POLL).await,
+            }
+        }
+    }
+}
