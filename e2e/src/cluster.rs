@@ -232,7 +232,8 @@ impl Cluster {
 
 /// Questions to the administration interface.
 impl Cluster {
-    fn ask<T>(
+    /// Asks a node; nothing where it can't be reached.
+    pub fn ask<T>(
         &self,
         id: u32,
         call: impl AsyncFnOnce(&mut api::admin_client::AdminClient<tonic::transport::Channel>) -> T,

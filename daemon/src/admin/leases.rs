@@ -3,8 +3,8 @@
 use ballast_api::v1 as api;
 use ballast_block::Epoch;
 use ballast_block::limits::FS_TYPE_BYTES_MAX;
-use ballast_node::content::Content;
 use ballast_node::cluster::{ClusterState, Lease, LeaseMode, Volume};
+use ballast_node::content::Content;
 use ballast_node::leases::ContentReply;
 use ballast_node::leasing::LeaseAsk;
 use tonic::Status;

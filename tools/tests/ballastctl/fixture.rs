@@ -7,10 +7,10 @@ use std::thread::JoinHandle;
 
 use ballast_api::v1;
 use ballast_api::v1::admin_server::{Admin, AdminServer};
-use ballast_block::{ClusterId, FamilyId, NodeId, PoolId, ShardId, VolumeId};
+use ballast_block::{ClusterId, Epoch, FamilyId, NodeId, PoolId, ShardId, VolumeId};
 use ballast_cluster::{
-    ClusterState, Command, CreateVolume, NodeBooted, PoolSpace, PoolState, RefusalCode,
-    RegisterNode, ReplicaState, Reply, VolumePhase,
+    AcquireLease, ClusterState, Command, CreateVolume, LeaseMode, NodeBooted, PoolSpace, PoolState,
+    RefusalCode, RegisterNode, ReplicaState, Reply, VolumePhase,
 };
 use tokio::sync::oneshot;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -174,6 +174,7 @@ impl World {
             created_at_ms: volume.created_at_ms,
             leader_node: leader,
             shard: volume.shard.0,
+            leases: volume.leases.iter().map(|it| lease(volume, it)).collect(),
             ..Default::default()
         };
         shown.set_phase(match volume.phase {
@@ -313,6 +314,38 @@ impl World {
     }
 }
 
+fn lease(volume: &ballast_cluster::Volume, it: &ballast_cluster::Lease) -> v1::Lease {
+    let mut shown = v1::Lease {
+        volume: volume.name.clone(),
+        volume_id: volume.id.to_string(),
+        host: it.host.clone(),
+        mode: 0,
+        read_only: it.read_only,
+        epoch: it.epoch.0,
+        acquired_at_ms: it.acquired_at_ms,
+        reason: it.reason.clone(),
+    };
+    shown.set_mode(match it.mode {
+        LeaseMode::SingleNodeWriter => v1::LeaseMode::SingleNodeWriter,
+        LeaseMode::SingleNodeMultiWriter => v1::LeaseMode::SingleNodeMultiWriter,
+        LeaseMode::SingleNodePublisher => v1::LeaseMode::SingleNodePublisher,
+        LeaseMode::Readers => v1::LeaseMode::Readers,
+        LeaseMode::Writers => v1::LeaseMode::Writers,
+    });
+    shown
+}
+
+fn lease_mode(mode: v1::LeaseMode) -> LeaseMode {
+    match mode {
+        v1::LeaseMode::Unspecified => panic!("ballastctl always names a mode"),
+        v1::LeaseMode::SingleNodeWriter => LeaseMode::SingleNodeWriter,
+        v1::LeaseMode::SingleNodeMultiWriter => LeaseMode::SingleNodeMultiWriter,
+        v1::LeaseMode::SingleNodePublisher => LeaseMode::SingleNodePublisher,
+        v1::LeaseMode::Readers => LeaseMode::Readers,
+        v1::LeaseMode::Writers => LeaseMode::Writers,
+    }
+}
+
 type Answer<A> = Result<Response<A>, Status>;
 
 #[tonic::async_trait]
@@ -395,6 +428,58 @@ impl Admin for Fixture {
         let command = Command::ResizeVolume { volume, size_bytes: request.size_bytes };
         let Reply::Volume(volume) = world.apply(command)? else { panic!("not a volume") };
         Ok(Response::new(v1::ResizeVolumeResponse { volume: Some(world.volume(&volume)) }))
+    }
+
+    async fn acquire_lease(
+        &self,
+        request: Request<v1::AcquireLeaseRequest>,
+    ) -> Answer<v1::AcquireLeaseResponse> {
+        let mut world = self.world()?;
+        let request = request.into_inner();
+        let mode = lease_mode(request.mode());
+        let v1::AcquireLeaseRequest { volume, host, read_only, force, reason, .. } = request;
+        let (volume, at_ms) = (world.find(&volume)?.id, 1_700_000_060_000);
+        let asked =
+            AcquireLease { volume, host: host.clone(), mode, read_only, force, reason, at_ms };
+        let Reply::Volume(volume) = world.apply(Command::AcquireLease(asked))? else {
+            panic!("not a volume")
+        };
+        let granted = volume.lease(&host).map(|it| lease(&volume, it));
+        let volume = Some(world.volume(&volume));
+        Ok(Response::new(v1::AcquireLeaseResponse { lease: granted, volume }))
+    }
+
+    async fn release_lease(
+        &self,
+        request: Request<v1::ReleaseLeaseRequest>,
+    ) -> Answer<v1::ReleaseLeaseResponse> {
+        let mut world = self.world()?;
+        let v1::ReleaseLeaseRequest { volume, host, epoch } = request.into_inner();
+        let before = world.find(&volume)?;
+        let command = Command::ReleaseLease { volume: before.id, host, epoch: Epoch(epoch) };
+        let Reply::Volume(after) = world.apply(command)? else { panic!("not a volume") };
+        let released = after.leases.len() < before.leases.len();
+        Ok(Response::new(v1::ReleaseLeaseResponse { released }))
+    }
+
+    async fn list_leases(
+        &self,
+        request: Request<v1::ListLeasesRequest>,
+    ) -> Answer<v1::ListLeasesResponse> {
+        let world = self.world()?;
+        let v1::ListLeasesRequest { volume, host } = request.into_inner();
+        let of = if volume.is_empty() { None } else { Some(world.find(&volume)?.id) };
+        let volumes = world.cluster.volumes().filter(|it| of.is_none_or(|of| of == it.id));
+        let all = volumes.flat_map(|it| it.leases.iter().map(|held| lease(it, held)));
+        let leases = all.filter(|it| host.is_empty() || it.host == host).collect();
+        Ok(Response::new(v1::ListLeasesResponse { leases }))
+    }
+
+    async fn set_volume_content(
+        &self,
+        _: Request<v1::SetVolumeContentRequest>,
+    ) -> Answer<v1::SetVolumeContentResponse> {
+        Err(Status::unimplemented("ballastctl does not ask for that"))
     }
 
     async fn move_leader(

@@ -93,6 +93,49 @@ fn lists() {
 }
 
 #[test]
+fn leases_are_acquired_taken_and_released() {
+    let node = Node::start();
+    for name in ["db", "data"] {
+        done(&node, &format!("volume create {name} --size 16GiB --wait"));
+    }
+    let attach = "volume attach db --host host-1";
+    assert_golden("attach.txt", &done(&node, attach));
+    assert_eq!(done(&node, attach), done(&node, "lease acquire db --host host-1"), "the same");
+    assert_eq!(
+        failed(&node, "lease acquire db --host host-2", 1),
+        "error: volume \"db\" is leased to host \"host-1\" (single-node-writer): release it there \
+         first (unpublish it), or, if that host is gone or cut off, take it over by force, with a \
+         reason\n"
+    );
+    let force = "lease acquire db --host host-2 --read-only --force --reason cut-off";
+    assert_eq!(
+        failed(&node, force, 2),
+        "error: volume \"db\" was not taken by force: there is no terminal to ask on; give --yes\n"
+    );
+    assert_golden("acquire-force.json", &done(&node, &format!("{force} --yes -o json")));
+    for host in ["host-1", "host-3"] {
+        done(&node, &format!("lease acquire data --mode readers --host {host}"));
+    }
+    assert_golden("leases.txt", &done(&node, "lease list"));
+    assert_golden("leases.json", &done(&node, "lease list --volume db -o json"));
+    assert_golden("show-leased.txt", &done(&node, "volume show data"));
+    let of_host = done(&node, "lease list --host host-3");
+    assert_eq!(of_host.lines().count(), 2, "{of_host}");
+    assert_eq!(
+        failed(&node, "volume delete db --yes", 1),
+        "error: volume \"db\" is leased to host \"host-2\" (single-node-writer): a volume in use \
+         is not deleted; release its leases first (see `ballastctl lease list`)\n"
+    );
+    let not_there = "not there: nothing to release\n";
+    assert_eq!(done(&node, "lease release db --host host-1"), not_there, "taken by force");
+    assert_eq!(done(&node, "lease release db --host host-2 --epoch 1"), not_there);
+    assert_eq!(done(&node, "volume detach db --host host-2"), "released\n");
+    let again = done(&node, "lease release db --host host-2 -o json");
+    assert_eq!(again, "{\n  \"released\": false\n}\n");
+    assert_eq!(done(&node, "volume delete db --yes"), "deleted\n");
+}
+
+#[test]
 fn json_is_json() {
     let node = Node::start();
     let created = done(&node, "volume create db --size 16GiB --wait -o json");

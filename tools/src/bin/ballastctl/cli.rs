@@ -14,6 +14,8 @@ Examples:
   ballastctl volume show db
   ballastctl -o json volume list
   ballastctl volume move-leader db --node 2
+  ballastctl volume attach db --host host-1
+  ballastctl lease list
   ballastctl volume delete db --yes
 
 Exit codes: 0 done, 1 refused or no answer, 2 wrong usage.";
@@ -64,9 +66,12 @@ pub enum Format {
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Create, list, show, delete and resize volumes, and move their leaders
+    /// Create, list, show, delete and resize volumes, attach and detach them, move their leaders
     #[command(subcommand)]
     Volume(VolumeCommand),
+    /// Say which host may use a volume, and in which way
+    #[command(subcommand)]
+    Lease(LeaseCommand),
     /// List and show nodes
     #[command(subcommand)]
     Node(NodeCommand),
@@ -115,6 +120,104 @@ pub enum VolumeCommand {
         #[arg(long)]
         node: String,
     },
+    /// Let a host use a volume, and print the NBD export that it is to open: as `lease acquire`
+    #[command(after_help = ATTACH_EXAMPLES)]
+    Attach(AcquireLease),
+    /// End a host's use of a volume: as `lease release`
+    #[command(after_help = "Example:\n  ballastctl volume detach db --host host-1")]
+    Detach(ReleaseLease),
+}
+
+/// `ballastctl lease ...`
+#[derive(Debug, Subcommand)]
+pub enum LeaseCommand {
+    /// List all leases, or those of a volume or a host
+    #[command(after_help = "Example:\n  ballastctl lease list --host host-1")]
+    List {
+        /// The volume's name or id
+        #[arg(long)]
+        volume: Option<String>,
+        /// The host's name
+        #[arg(long)]
+        host: Option<String>,
+    },
+    /// Let a host use a volume; the same host, mode and access again is no change
+    #[command(after_help = ACQUIRE_EXAMPLES)]
+    Acquire(AcquireLease),
+    /// End a host's lease; one that is not there is no failure
+    #[command(after_help = "What the host still writes is refused.\n\n\
+        Example:\n  ballastctl lease release db --host host-1")]
+    Release(ReleaseLease),
+}
+
+const ATTACH_EXAMPLES: &str = "\
+Examples:
+  ballastctl volume attach db --host host-1
+  nbdinfo nbd://10.0.0.1:10809/db@lease=1";
+
+const ACQUIRE_EXAMPLES: &str = "\
+Modes: single-node-writer, single-node-multi-writer, single-node-publisher, readers, writers.
+Readers stand beside readers, and writers (of raw blocks) beside writers; else one host has it alone.
+
+--force ends the leases that are in the way. Their hosts need not be reachable, and what they still
+write is refused. A file system that is mounted there loses what it had not written yet.
+
+Examples:
+  ballastctl lease acquire db --host host-1
+  ballastctl lease acquire db --host host-2 --force --reason 'host-1 is cut off'
+  ballastctl lease acquire data --host host-3 --mode readers";
+
+/// `ballastctl lease acquire ...`
+#[derive(Debug, Args)]
+pub struct AcquireLease {
+    /// Name or id
+    pub volume: String,
+    /// Who is to use it: letters, digits, '.', '-' and '_'
+    #[arg(long)]
+    pub host: String,
+    /// How, and beside whom
+    #[arg(long, value_name = "MODE", default_value = "single-node-writer")]
+    pub mode: Mode,
+    /// Refuse its writes
+    #[arg(long)]
+    pub read_only: bool,
+    /// End the leases of other hosts that are in the way
+    #[arg(long, requires = "reason")]
+    pub force: bool,
+    /// Why by force: kept with the lease
+    #[arg(long, requires = "force")]
+    pub reason: Option<String>,
+    /// Do not ask
+    #[arg(long)]
+    pub yes: bool,
+}
+
+/// `ballastctl lease release ...`
+#[derive(Debug, Args)]
+pub struct ReleaseLease {
+    /// Name or id
+    pub volume: String,
+    /// Whose
+    #[arg(long)]
+    pub host: String,
+    /// Only the lease with this epoch
+    #[arg(long, default_value_t = 0, hide_default_value = true)]
+    pub epoch: u64,
+}
+
+/// What a lease is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// One host, one use of it there
+    SingleNodeWriter,
+    /// One host, several uses of it there
+    SingleNodeMultiWriter,
+    /// One host, and one publish target on it (ReadWriteOncePod)
+    SingleNodePublisher,
+    /// Many hosts that read
+    Readers,
+    /// Many hosts that write raw blocks and agree among themselves
+    Writers,
 }
 
 /// `ballastctl volume create ...`
@@ -128,6 +231,9 @@ pub struct CreateVolume {
     /// Number of copies, on different nodes: 1, 3 or 5
     #[arg(long, default_value_t = 3)]
     pub replicas: u32,
+    /// Nodes, by name or number, that are to have a copy if there is room
+    #[arg(long, value_name = "NODE[,NODE...]", value_delimiter = ',')]
+    pub prefer: Vec<String>,
     /// Wait until it can be used
     #[arg(long)]
     pub wait: bool,
@@ -215,6 +321,10 @@ mod tests {
             ("ballastctl volume list -o yaml", ErrorKind::InvalidValue),
             ("ballastctl volume list --timeout 0", ErrorKind::ValueValidation),
             ("ballastctl volume frobnicate", ErrorKind::InvalidSubcommand),
+            ("ballastctl lease acquire a", ErrorKind::MissingRequiredArgument),
+            ("ballastctl lease acquire a --host h --force", ErrorKind::MissingRequiredArgument),
+            ("ballastctl volume attach a --host h --reason r", ErrorKind::MissingRequiredArgument),
+            ("ballastctl lease acquire a --host h --mode all", ErrorKind::InvalidValue),
         ] {
             let error = parse(line).expect_err(line);
             assert_eq!(error.kind(), kind, "{line}");

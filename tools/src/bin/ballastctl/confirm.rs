@@ -1,4 +1,4 @@
-//! Asks before data is destroyed.
+//! Asks before data is destroyed or taken away.
 
 use std::io::{self, BufRead, IsTerminal, Write};
 
@@ -35,6 +35,23 @@ pub fn confirm_replace(node: &str) -> io::Result<Answer> {
     let mut output = io::stderr();
     write!(output, "The pool of {node} will never serve again. Type {node} to give it up: ")?;
     typed(node, &mut io::stdin().lock(), &mut output)
+}
+
+/// Asks whether to take a volume from the hosts that have it, by having its name typed.
+///
+/// # Errors
+/// When the terminal can't be read or written.
+pub fn confirm_force(volume: &str, host: &str) -> io::Result<Answer> {
+    if !io::stdin().is_terminal() {
+        return Ok(Answer::Nobody);
+    }
+    let mut output = io::stderr();
+    write!(
+        output,
+        "Hosts that use volume {volume:?} now lose it at once, with what they had not written yet. \
+         Type its name to give it to {host}: "
+    )?;
+    typed(volume, &mut io::stdin().lock(), &mut output)
 }
 
 fn ask(volume: &str, input: &mut dyn BufRead, output: &mut dyn Write) -> io::Result<Answer> {

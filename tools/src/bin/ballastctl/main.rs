@@ -6,6 +6,7 @@
 
 mod cli;
 mod confirm;
+mod leases;
 mod render;
 mod run;
 mod size;

@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use crate::leases::lease_table;
 use crate::size::show_size;
 use crate::table::{fields, table};
 use crate::time::show_time;
@@ -31,7 +32,13 @@ impl Answer for OneVolume {
 
 impl Answer for VolumeDetail {
     fn text(&self) -> String {
-        format!("{}\n{}", volume_fields(&self.volume), replica_table(&self.replicas))
+        let mut text =
+            format!("{}\n{}", volume_fields(&self.volume), replica_table(&self.replicas));
+        if !self.volume.leases.is_empty() {
+            text.push('\n');
+            text.push_str(&lease_table(&self.volume.leases));
+        }
+        text
     }
 }
 

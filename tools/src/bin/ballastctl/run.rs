@@ -9,7 +9,7 @@ use tonic::{Code, Status};
 use crate::cli::{Cli, Command, CreateVolume, Format, NodeCommand, PoolCommand, VolumeCommand};
 use crate::confirm::{self, confirm_delete};
 use crate::render::Answer;
-use crate::view;
+use crate::{leases, view};
 
 /// Time between two looks at a volume that is being created.
 const WAIT_STEP: Duration = Duration::from_millis(200);
@@ -38,6 +38,12 @@ pub enum Failure {
     /// As for a volume.
     #[error("the pool of {0} was not given up: the node's name was not typed")]
     PoolNotConfirmed(String),
+    /// As for a volume.
+    #[error("volume {0:?} was not taken by force: there is no terminal to ask on; give --yes")]
+    NobodyToAskForForce(String),
+    /// As for a volume.
+    #[error("volume {0:?} was not taken by force: its name was not typed")]
+    ForceNotConfirmed(String),
     /// The terminal failed.
     #[error("terminal can't be read ({0}); give --yes")]
     Terminal(#[source] std::io::Error),
@@ -65,7 +71,10 @@ impl Failure {
     /// 2 for wrong usage, else 1.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Failure::Endpoint(_) | Failure::NobodyToAsk(_) | Failure::NobodyToAskForPool(_) => 2,
+            Failure::Endpoint(_)
+            | Failure::NobodyToAsk(_)
+            | Failure::NobodyToAskForPool(_)
+            | Failure::NobodyToAskForForce(_) => 2,
             _ => 1,
         }
     }
@@ -82,6 +91,7 @@ pub async fn run(cli: &Cli) -> Result<String, Failure> {
     let client = Client::new(&cli.endpoint)?.with_call_timeout(cli.timeout);
     match &cli.command {
         Command::Volume(command) => volume(cli, &client, command).await,
+        Command::Lease(command) => leases::lease(cli, &client, command).await,
         Command::Node(NodeCommand::List) => {
             let nodes = client.list_nodes(v1::ListNodesRequest {}).await?.nodes;
             Ok(show(cli, &view::Nodes { nodes: all(nodes) }))
@@ -143,6 +153,8 @@ async fn volume(cli: &Cli, client: &Client, command: &VolumeCommand) -> Result<S
             let leader_node = client.move_leader(request).await?.leader_node;
             Ok(show(cli, &view::LeaderMoved { leader_node }))
         }
+        VolumeCommand::Attach(acquire) => leases::acquire(cli, client, acquire).await,
+        VolumeCommand::Detach(release) => leases::release(cli, client, release).await,
     }
 }
 
@@ -151,14 +163,18 @@ async fn create_volume(
     client: &Client,
     create: &CreateVolume,
 ) -> Result<String, Failure> {
-    let CreateVolume { name, size, replicas, wait } = create;
+    let CreateVolume { name, size, replicas, prefer, wait } = create;
     if *replicas == 0 {
         // On the wire 0 asks for the default, and who wrote 0 did not.
         let message = format!("0 replicas for volume {name:?} are not valid: use 1, 3 or 5");
         return Err(Status::invalid_argument(message).into());
     }
-    let request =
-        v1::CreateVolumeRequest { name: name.clone(), size_bytes: *size, replicas: *replicas };
+    let request = v1::CreateVolumeRequest {
+        name: name.clone(),
+        size_bytes: *size,
+        replicas: *replicas,
+        preferred_nodes: prefer.clone(),
+    };
     let created = client.create_volume(request).await?.volume;
     if !wait {
         return one_volume(cli, created);
@@ -202,14 +218,16 @@ fn one_volume(cli: &Cli, volume: Option<v1::Volume>) -> Result<String, Failure> 
     Ok(show(cli, &view::OneVolume { volume }))
 }
 
-fn show(cli: &Cli, answer: &impl Answer) -> String {
+/// An answer in the form that was asked for.
+pub fn show(cli: &Cli, answer: &impl Answer) -> String {
     match cli.output {
         Format::Table => answer.text(),
         Format::Json => answer.json(),
     }
 }
 
-fn all<A, B: From<A>>(items: Vec<A>) -> Vec<B> {
+/// Each of them as it is shown.
+pub fn all<A, B: From<A>>(items: Vec<A>) -> Vec<B> {
     items.into_iter().map(B::from).collect()
 }
 

@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 use ballast_api::v1;
 use serde::Serialize;
 
+use crate::leases::Lease;
+
 /// A volume.
 #[derive(Debug, Serialize)]
 pub struct Volume {
@@ -19,6 +21,7 @@ pub struct Volume {
     pub family: u64,
     pub shard: u32,
     pub created_at_ms: u64,
+    pub leases: Vec<Lease>,
 }
 
 /// A replica; from `role` on it is what was last heard, `null` when nothing was.
@@ -195,6 +198,7 @@ impl From<v1::Volume> for Volume {
             family: it.family,
             shard: it.shard,
             created_at_ms: it.created_at_ms,
+            leases: it.leases.into_iter().map(Lease::from).collect(),
         }
     }
 }

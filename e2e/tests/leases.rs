@@ -1,0 +1,173 @@
+//! Leases as an administrator and the CSI driver use them, on real processes.
+
+use std::io::Write;
+use std::process::Output;
+
+use ballast_api::v1 as api;
+use ballast_api::v1::VolumeContent;
+use ballast_e2e::cluster::{Cluster, Options};
+use ballast_e2e::process::{Running, output, run};
+use ballast_e2e::scratch;
+use ballast_e2e::wait::until_true;
+use serde_json::Value;
+
+fn small(test: &str) -> Cluster {
+    Cluster::with(test, &Options { volume_mib: 64, ..Options::default() })
+}
+
+fn ctl(cluster: &Cluster, arguments: &[&str]) -> Output {
+    let program = scratch::program("ballastctl").display().to_string();
+    output(&program, &[&["--endpoint", &cluster.node(1).grpc], arguments].concat())
+}
+
+#[track_caller]
+fn assert_refused(cluster: &Cluster, arguments: &[&str], code: i32, says: &str) {
+    let refused = ctl(cluster, arguments);
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(code), "{arguments:?}: {text}");
+    assert!(text.contains(says), "{arguments:?} does not say {says:?}: {text}");
+}
+
+/// Acquires by `ballastctl` and returns the epoch and the export.
+#[track_caller]
+fn acquire(cluster: &Cluster, node: u32, more: &[&str]) -> (u64, String) {
+    let words = [&["lease", "acquire", "demo", "-o", "json"], more].concat();
+    let json: Value = serde_json::from_str(&cluster.ballastctl(node, &words)).expect("JSON");
+    let epoch = json["lease"]["epoch"].as_u64().expect("an epoch");
+    (epoch, json["export"].as_str().expect("an export").to_owned())
+}
+
+/// Where a node serves that export.
+fn uri(cluster: &Cluster, node: u32, export: &str) -> String {
+    format!("{}/{export}", cluster.node(node).nbd.trim_end_matches('/'))
+}
+
+fn qemu_io(uri: &str, command: &str) -> Output {
+    output("qemu-io", &["-f", "raw", "-c", command, uri])
+}
+
+/// A client that stays connected and does what it is told.
+struct Writer {
+    process: Running,
+    answers: String,
+}
+
+impl Writer {
+    fn start(cluster: &Cluster, uri: &str) -> Writer {
+        let answers = cluster.scratch.file("writer.txt");
+        let command = format!("exec stdbuf -oL qemu-io -f raw '{uri}' >'{answers}' 2>&1");
+        let log = cluster.scratch.path().join("writer.log");
+        Writer { process: Running::start(&log, &["bash", "-c", &command], true), answers }
+    }
+
+    #[track_caller]
+    fn tell(&mut self, command: &str, says: &str) {
+        let before = std::fs::read_to_string(&self.answers).unwrap_or_default().len();
+        let input = self.process.child().stdin.as_mut().expect("it is piped");
+        writeln!(input, "{command}").expect("the client runs");
+        until_true(&format!("{says:?} after {command:?}"), 20, || {
+            let all = std::fs::read_to_string(&self.answers).unwrap_or_default();
+            all.get(before..).is_some_and(|new| new.contains(says))
+        });
+    }
+}
+
+#[test]
+fn a_lease_is_granted_kept_taken_by_force_and_released() {
+    let cluster = small("leases");
+    let (epoch, export) = acquire(&cluster, 1, &["--host", "host-1"]);
+    assert_eq!((epoch, export.as_str()), (1, "demo@lease=1"));
+    assert_eq!(acquire(&cluster, 2, &["--host", "host-1"]).0, 1, "the same again, elsewhere");
+    let other = ["lease", "acquire", "demo", "--host", "host-2"];
+    assert_refused(&cluster, &other, 1, "leased to host \"host-1\" (single-node-writer)");
+    let differs = ["volume", "attach", "demo", "--host", "host-1", "--mode", "readers"];
+    assert_refused(&cluster, &differs, 1, "release it first");
+    let list = cluster.ballastctl(3, &["lease", "list", "--volume", "demo"]);
+    assert!(list.contains("host-1"), "{list}");
+
+    assert!(!qemu_io(&uri(&cluster, 1, "demo"), "write 0 4k").status.success(), "no lease named");
+    let mut holder = Writer::start(&cluster, &uri(&cluster, 1, &export));
+    holder.tell("write -P 0x11 0 1M", "wrote 1048576/1048576");
+
+    let force = [&other[..], &["--force"]].concat();
+    assert_refused(&cluster, &force, 2, "--reason");
+    let unreasoned = [&force[..], &["--yes", "--reason", ""]].concat();
+    assert_refused(&cluster, &unreasoned, 1, "give a reason");
+    let unconfirmed = [&force[..], &["--reason", "host-1 is cut off"]].concat();
+    assert_refused(&cluster, &unconfirmed, 2, "give --yes");
+    let by_force = ["--host", "host-2", "--force", "--yes", "--reason", "host-1 is cut off"];
+    let (epoch, new_export) = acquire(&cluster, 3, &by_force);
+    assert_eq!(epoch, 2);
+
+    // Whatever the old one does from here on is refused, and the new one works at once.
+    holder.tell("write -P 0x33 0 1M", "failed");
+    run("qemu-io", &["-f", "raw", "-c", "write -P 0x22 4k 4k", &uri(&cluster, 2, &new_export)]);
+    assert!(!qemu_io(&uri(&cluster, 1, &export), "write 0 4k").status.success(), "connects again");
+    let new_uri = uri(&cluster, 1, &new_export);
+    for look in ["read -P 0x11 0 4k", "read -P 0x22 4k 4k", "read -P 0x11 8k 1016k"] {
+        run("qemu-io", &["-f", "raw", "-c", look, &new_uri]);
+    }
+
+    assert_refused(&cluster, &["volume", "delete", "demo", "--yes"], 1, "a volume in use");
+    let late = cluster.ballastctl(1, &["lease", "release", "demo", "--host", "host-1"]);
+    assert_eq!(late, "not there: nothing to release\n");
+    let released = cluster.ballastctl(2, &["volume", "detach", "demo", "--host", "host-2"]);
+    assert_eq!(released, "released\n");
+    assert!(!qemu_io(&uri(&cluster, 2, &new_export), "write 0 4k").status.success(), "it ended");
+    until_true("no lease on node 1", 10, || {
+        let list = cluster.ballastctl(1, &["lease", "list", "-o", "json"]);
+        let list: Value = serde_json::from_str(&list).expect("JSON");
+        list["leases"].as_array().is_some_and(Vec::is_empty)
+    });
+    cluster.ballastctl(1, &["volume", "delete", "demo", "--yes"]);
+}
+
+#[track_caller]
+fn content(
+    cluster: &Cluster,
+    volume: &str,
+    content: VolumeContent,
+    fs_type: &str,
+) -> (bool, VolumeContent, bool) {
+    let request = || api::SetVolumeContentRequest {
+        volume: volume.into(),
+        content: content.into(),
+        fs_type: fs_type.into(),
+    };
+    let answer = cluster.ask(2, async |admin| admin.set_volume_content(request()).await);
+    let answer = answer.expect("node 2 runs").expect("it answers").into_inner();
+    (answer.refused, answer.content(), answer.ever_written)
+}
+
+#[test]
+fn never_format_data_goes_by_the_volumes_own_record() {
+    use VolumeContent::*;
+    let cluster = small("content");
+    let fresh = content(&cluster, "demo", Unspecified, "");
+    assert_eq!(fresh, (false, Blank, false));
+    assert_eq!(content(&cluster, "demo", Filesystem, "ext4"), (true, Blank, false));
+    assert_eq!(content(&cluster, "demo", Formatting, "ext4"), (false, Formatting, false));
+    let written = ["-f", "raw", "-c", "write 0 64k", &cluster.uri(1)];
+    run("qemu-io", &written);
+    assert_eq!(content(&cluster, "demo", Formatting, "ext4"), (false, Formatting, true), "again");
+    assert_eq!(content(&cluster, "demo", Filesystem, "ext4"), (false, Filesystem, true));
+    assert_eq!(content(&cluster, "demo", Formatting, "ext4"), (true, Filesystem, true));
+    assert_eq!(content(&cluster, "demo", Raw, ""), (true, Filesystem, true));
+
+    // Written without a record: nobody knows what it is, so nobody formats it.
+    cluster.ballastctl(1, &["volume", "create", "old", "--size", "16MiB", "--wait"]);
+    let old = cluster.uri(1).replace("demo", "old");
+    run("qemu-io", &["-f", "raw", "-c", "write 1M 4k", &old]);
+    assert_eq!(content(&cluster, "old", Formatting, "xfs"), (true, Blank, true));
+    assert_eq!(content(&cluster, "old", Raw, ""), (false, Raw, true));
+    let untyped = cluster.ask(1, async |admin| {
+        let request = api::SetVolumeContentRequest {
+            volume: "old".into(),
+            content: Formatting.into(),
+            fs_type: String::new(),
+        };
+        admin.set_volume_content(request).await
+    });
+    let refused = untyped.expect("node 1 runs").expect_err("a file system has a type");
+    assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+}
