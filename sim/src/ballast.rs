@@ -13,20 +13,25 @@ use ballast_block::limits::{
     APPEND_BYTES_MAX, FAMILY_INFLIGHT_BYTES_MAX, LOG_CACHE_BYTES_MAX, MAP_DELTA_BYTES_MAX,
     PEER_QUEUE_BYTES_MAX, TRANSFER_BYTES_MAX,
 };
-use ballast_block::{BlockRange, ClusterId, NodeId, ReplicaId, ShardId};
+use ballast_block::{BlockRange, ClusterId, Epoch, NodeId, ReplicaId, ShardId};
+use ballast_cluster::LeaseMode;
 use ballast_env::clock::Clock;
 use ballast_env::network::Address;
 use ballast_env::spawn::Spawn;
 use ballast_node::config::{Founder, NodeConfig};
 use ballast_node::leases::LeasePolicy;
+use ballast_node::leasing::LeaseAsk;
 use ballast_node::node::{self, Node};
 use ballast_node::shards::{self, Place};
 use ballast_raft_store::replica::ReadContent;
 use ballast_volume::family::Family;
 use ballast_volume::state::ROOT_BRANCH;
+use futures_util::FutureExt;
+use tokio::sync::oneshot;
 use tokio::task::LocalSet;
 
 use crate::env::SimEnv;
+use crate::host::workload::Lessor;
 use crate::machine::ip_of;
 use crate::system::{ReplicaView, System, VolumeView};
 use crate::world::World;
@@ -316,6 +321,16 @@ impl System for Ballast {
         true
     }
 
+    fn lessor(&self, world: &World, volume: usize) -> Option<Lessor> {
+        let (this, world, rng) = (self.clone(), world.clone(), world.rng("lessor", volume as u64));
+        Some(Rc::new(move |host: &str| {
+            let through = NodeId(rng.between(1, u64::from(this.0.sizes.nodes)) as u32);
+            let (mode, by_force) = (LeaseMode::SingleNodeWriter, Some("it moves".to_owned()));
+            let ask = LeaseAsk { host: host.to_owned(), mode, read_only: false, by_force };
+            this.clone().lease(world.clone(), through, volume, ask).boxed_local()
+        }))
+    }
+
     fn nodes(&self) -> u32 {
         self.0.sizes.nodes
     }
@@ -379,6 +394,25 @@ fn over_limit_on(node: &Node<SimEnv>, sizes: Sizes, calm: bool) -> Option<String
 }
 
 impl Ballast {
+    /// Takes a volume's lease through one node, and answers its epoch when it is in force.
+    pub async fn lease(
+        self,
+        world: World,
+        through: NodeId,
+        volume: usize,
+        ask: LeaseAsk,
+    ) -> Option<Epoch> {
+        let machine = world.machine(through).filter(|machine| machine.is_running())?;
+        let node = self.shard(through, self.shard_of(through, volume)?)?;
+        let (answer, answered) = oneshot::channel();
+        machine.inject(async move {
+            let taken = node.acquire_lease(&volume_name(volume), ask).await;
+            let _ = answer.send(taken.ok().map(|(_, lease)| lease.epoch));
+        });
+        // A node that dies meanwhile drops what would answer.
+        answered.await.ok().flatten()
+    }
+
     async fn replica(&self, id: NodeId, volume: usize) -> Option<ReplicaView> {
         let family = self.member(id, volume)?;
         if family.group().replica().is_draining() {

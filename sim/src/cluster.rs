@@ -212,7 +212,8 @@ impl<S: System> Cluster<S> {
                 mix.reader = nth >= self.plan.writers;
                 let rng = self.world.rng("host", u64::from(number));
                 let export = (index as u64, volume.name.as_str());
-                let host = Host::new(self.oracle.clone(), rng, export, targets, mix);
+                let lessor = self.system.lessor(&self.world, index);
+                let host = Host::new(self.oracle.clone(), rng, export, targets, mix, lessor);
                 self.hosts.borrow_mut().push((id, host.clone()));
                 machine.start(move |env| host.run(env));
             }

@@ -64,6 +64,7 @@ impl Plan {
             fenced: attaches,
             reader: false,
             leave_after: if writers > 1 { shape.between(5, 100) } else { 0 },
+            leased: attaches && Rng::named(seed, "leases", 0).chance(330_000),
         };
         let faults = Faults::of(&rng);
         Self {

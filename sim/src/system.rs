@@ -7,6 +7,7 @@ use ballast_block::NodeId;
 use ballast_env::network::Address;
 
 use crate::env::SimEnv;
+use crate::host::workload::Lessor;
 use crate::world::World;
 
 /// A program that runs on every node, with what the harness must know of it from outside.
@@ -45,6 +46,12 @@ pub trait System: Clone + 'static {
     /// Whether a new attachment fences the writes of the one before, one attachment writes, and
     /// `NAME@ro` is for readers.
     fn fences(&self) -> bool;
+
+    /// Who gives leases of a volume, by its place in [`System::volumes`], where there are leases.
+    fn lessor(&self, world: &World, volume: usize) -> Option<Lessor> {
+        let _ = (world, volume);
+        None
+    }
 
     /// How many storage nodes there are.
     fn nodes(&self) -> u32;

@@ -6,18 +6,23 @@
 //! request: the next one is a new operation.
 
 use std::cell::{Cell, RefCell};
+use std::io;
 use std::rc::Rc;
 use std::time::Duration;
 
-use ballast_block::BlockRange;
 use ballast_block::geometry::BLOCK_SIZE_U64;
+use ballast_block::{BlockRange, Epoch};
 use ballast_env::clock::Clock;
 use ballast_env::network::Address;
+use futures_util::future::LocalBoxFuture;
 
 use crate::env::SimEnv;
 use crate::host::nbd::{Command, NbdClient, NbdError};
 use crate::oracle::{Oracle, Outcome, Violation, WriteId, stamp};
 use crate::rng::Rng;
+
+/// How long a host waits for its lease before it asks again: longer than an election.
+const LEASE_PATIENCE: Duration = Duration::from_secs(12);
 
 /// What a host does, and how fast.
 #[derive(Clone, Debug)]
@@ -42,7 +47,13 @@ pub struct Mix {
     pub reader: bool,
     /// Answers after which it leaves the volume to another host for a while; 0: never.
     pub leave_after: u64,
+    /// Whether writers take the volume's lease by force before they connect, from whoever has it.
+    pub leased: bool,
 }
+
+/// Takes the lease of a volume for the host of that name, by force, and answers its epoch once the
+/// earlier one is fenced; none when that did not work out. Stands for an administrator.
+pub type Lessor = Rc<dyn Fn(&str) -> LocalBoxFuture<'static, Option<Epoch>>>;
 
 /// A host's view of one volume, shared with the scenario that watches it.
 pub struct Host {
@@ -52,6 +63,9 @@ pub struct Host {
     export: String,
     targets: Vec<Address>,
     mix: Mix,
+    lessor: Option<Lessor>,
+    /// The lease that it believes to hold.
+    epoch: Cell<Option<Epoch>>,
     client: RefCell<Option<(Rc<NbdClient>, u64)>>,
     connecting: tokio::sync::Mutex<u64>,
     /// Requests that were answered with success.
@@ -73,6 +87,7 @@ impl Host {
         (volume, export): (u64, &str),
         targets: Vec<Address>,
         mix: Mix,
+        lessor: Option<Lessor>,
     ) -> Rc<Self> {
         let first = rng.below(targets.len() as u64);
         Rc::new(Self {
@@ -81,7 +96,9 @@ impl Host {
             volume,
             export: if mix.reader { format!("{export}@ro") } else { export.to_owned() },
             targets,
+            lessor: lessor.filter(|_| mix.leased && !mix.reader),
             mix,
+            epoch: Cell::new(None),
             client: RefCell::new(None),
             connecting: tokio::sync::Mutex::new(first),
             answered: Cell::new(0),
@@ -260,13 +277,17 @@ impl Host {
         if let Some(current) = current.filter(|(client, _)| !client.is_lost()) {
             return Some(current);
         }
+        let export = self.export_name(env).await?;
         let target = self.targets[*next as usize % self.targets.len()].clone();
         *next += 1;
         let structured = self.rng.chance(500_000);
         let began = self.oracle.attach_begins();
         let made = tokio::select! {
             biased;
-            made = NbdClient::connect(env, &target, &self.export, structured) => made.ok(),
+            made = NbdClient::connect(env, &target, &export, structured) => {
+                self.note_refusal(&made);
+                made.ok()
+            }
             () = env.sleep(Duration::from_millis(self.mix.patience_ms)) => None,
         };
         let Some(client) = made else {
@@ -284,5 +305,34 @@ impl Host {
         let made = (Rc::new(client), attachment);
         self.client.replace(Some(made.clone()));
         Some(made)
+    }
+
+    /// The name to connect to; takes the lease first, where the host needs one and has none.
+    async fn export_name(&self, env: &SimEnv) -> Option<String> {
+        let Some(lessor) = &self.lessor else { return Some(self.export.clone()) };
+        if self.epoch.get().is_none() {
+            let began = self.oracle.attach_begins();
+            let taken = tokio::select! {
+                biased;
+                taken = lessor(&format!("host-{}", env.node().0)) => taken,
+                () = env.sleep(LEASE_PATIENCE) => None,
+            };
+            if taken.is_some() {
+                // Whoever held it before is fenced by now, whether this host ever connects or not.
+                self.oracle.attached(self.volume, began);
+            } else {
+                env.sleep(Duration::from_millis(self.rng.between(50, 500))).await;
+            }
+            env.world().note(format!("{} lease {taken:?}", self.export));
+            self.epoch.set(taken);
+        }
+        self.epoch.get().map(|epoch| format!("{}@lease={}", self.export, epoch.0))
+    }
+
+    /// A server that refuses the export may do so because another host has the lease now.
+    fn note_refusal(&self, made: &io::Result<NbdClient>) {
+        if made.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
+            self.epoch.set(None);
+        }
     }
 }

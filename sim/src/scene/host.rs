@@ -1,10 +1,13 @@
 //! A host of a scripted scenario. Judges nothing itself: it tells the scene's oracle all it sees.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use ballast_block::geometry::BLOCK_SIZE_U64;
-use ballast_block::{BlockRange, NodeId};
+use ballast_block::{BlockRange, Epoch, NodeId};
+use ballast_cluster::LeaseMode;
+use ballast_node::leasing::LeaseAsk;
+use ballast_node::node::Node;
 
 use super::{Asked, Judge, PATIENCE_MS, Scene};
 use crate::ballast::{Ballast, volume_name};
@@ -23,7 +26,15 @@ pub struct ScriptHost {
     env: SimEnv,
     ballast: Ballast,
     judge: Rc<Judge>,
+    /// The lease that it attaches under; none before it has taken one.
+    lease: Cell<Option<Taken>>,
     client: RefCell<Option<(Rc<NbdClient>, u64)>>,
+}
+
+#[derive(Clone, Copy)]
+struct Taken {
+    epoch: Epoch,
+    shared: bool,
 }
 
 impl ScriptHost {
@@ -36,8 +47,59 @@ impl ScriptHost {
             env,
             ballast: scene.ballast.clone(),
             judge: scene.judge.clone(),
+            lease: Cell::new(None),
             client: RefCell::default(),
         }
+    }
+
+    /// Takes the volume's lease through a node, or has not got it after `limit_ms`. By force:
+    /// whoever had it before must be fenced when this returns.
+    pub async fn take_lease(
+        &self,
+        through: NodeId,
+        mode: LeaseMode,
+        force: bool,
+        limit_ms: u64,
+    ) -> bool {
+        let host = format!("host-{}", self.id().0);
+        let by_force = force.then(|| "it moves".to_owned());
+        let ask = LeaseAsk { host, mode, read_only: false, by_force };
+        let began = self.judge.oracle.attach_begins();
+        let asked = Asked::new(&self.world);
+        let (state, ballast, world) = (asked.state.clone(), self.ballast.clone(), &self.world);
+        let lease = ballast.lease(world.clone(), through, self.volume as usize, ask);
+        self.machine.inject(async move {
+            state.replace(Some(lease.await));
+        });
+        let Some(epoch) = asked.within(limit_ms).await.flatten() else { return false };
+        let shared = mode == LeaseMode::Writers;
+        if !shared {
+            self.judge.oracle.attached(self.volume, began);
+        }
+        self.lease.set(Some(Taken { epoch, shared }));
+        true
+    }
+
+    /// Ends its lease, through a node.
+    pub async fn release_lease(&self, scene: &Scene, through: NodeId) {
+        let epoch = self.lease.take().expect("it has one").epoch;
+        let (host, name) = (format!("host-{}", self.id().0), volume_name(self.volume as usize));
+        let release =
+            move |node: Node<SimEnv>| async move { node.release_lease(&name, &host, epoch).await };
+        assert_eq!(scene.ask(through, release).await, Ok(true));
+    }
+
+    fn export(&self) -> String {
+        let name = volume_name(self.volume as usize);
+        match self.lease.get() {
+            None => name,
+            Some(lease) => format!("{name}@lease={}", lease.epoch.0),
+        }
+    }
+
+    /// Whether a node lets it in as a writer, asked once.
+    pub async fn can_attach(&self, through: NodeId) -> bool {
+        self.try_connect(through, &self.export()).await.is_some()
     }
 
     /// Its machine.
@@ -52,7 +114,9 @@ impl ScriptHost {
 
     /// Becomes the volume's writer through a node; again and again until it is.
     pub async fn attach(&self, through: NodeId) {
-        self.connect(through, volume_name(self.volume as usize), true).await;
+        // Of those who share a lease none fences another.
+        let alone = self.lease.get().is_none_or(|lease| !lease.shared);
+        self.connect(through, self.export(), alone).await;
     }
 
     /// Reads the volume through a node from now on.
@@ -67,14 +131,14 @@ impl ScriptHost {
         self.try_connect(through, &export).await.is_some()
     }
 
-    async fn connect(&self, through: NodeId, export: String, writes: bool) {
+    async fn connect(&self, through: NodeId, export: String, fences: bool) {
         self.client.replace(None);
         let end = self.world.now_ms() + PATIENCE_MS;
         loop {
             let began = self.judge.oracle.attach_begins();
             if let Some(client) = self.try_connect(through, &export).await {
                 let attached = || self.judge.oracle.attached(self.volume, began);
-                let number = if writes { attached() } else { u64::MAX };
+                let number = if fences { attached() } else { u64::MAX };
                 self.client.replace(Some((client, number)));
                 return;
             }
