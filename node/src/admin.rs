@@ -214,15 +214,34 @@ impl<E: Env> Node<E> {
         found.ok_or_else(|| AdminError::VolumeUnknown(name_or_id.to_owned()))
     }
 
-    /// Deletes a volume; one that is gone is done.
+    /// The volume of that name or id. Asks the cluster group before it says that there is none: what
+    /// this node knows may be older than the volume.
     ///
     /// # Errors
     /// [`AdminError`].
-    pub async fn delete_volume(&self, name_or_id: &str) -> Result<(), AdminError> {
-        let Ok(volume) = self.find_volume(name_or_id) else { return Ok(()) };
+    pub async fn find_volume_surely(&self, name_or_id: &str) -> Result<Volume, AdminError> {
+        if let Ok(known) = self.find_volume(name_or_id) {
+            return Ok(known);
+        }
+        // No volume has this id. When the entry is applied here, so is what was decided before.
+        let nothing = Command::DeleteVolume { volume: VolumeId::from_bytes([0; 16]) };
+        self.inner.cluster.propose(&nothing).await?;
+        self.find_volume(name_or_id)
+    }
+
+    /// Deletes a volume; one that is gone is done. Answers whether it was there.
+    ///
+    /// # Errors
+    /// [`AdminError`].
+    pub async fn delete_volume(&self, name_or_id: &str) -> Result<bool, AdminError> {
+        let volume = match self.find_volume_surely(name_or_id).await {
+            Ok(volume) => volume,
+            Err(AdminError::VolumeUnknown(_)) => return Ok(false),
+            Err(error) => return Err(error),
+        };
         match self.inner.cluster.propose(&Command::DeleteVolume { volume: volume.id }).await? {
             Reply::Refused(refusal) => Err(refusal.into()),
-            _ => Ok(()),
+            _ => Ok(volume.phase != VolumePhase::Deleting),
         }
     }
 
@@ -235,7 +254,7 @@ impl<E: Env> Node<E> {
         name_or_id: &str,
         size_bytes: u64,
     ) -> Result<Volume, AdminError> {
-        let volume = self.find_volume(name_or_id)?.id;
+        let volume = self.find_volume_surely(name_or_id).await?.id;
         self.propose_about_volume(&Command::ResizeVolume { volume, size_bytes }).await
     }
 

@@ -9,9 +9,10 @@ use std::time::Duration;
 use ballast_block::{Epoch, VolumeId};
 use ballast_cluster::{AcquireLease, Command, Lease, LeaseMode, Volume, VolumePhase};
 use ballast_env::Env;
+use ballast_volume::content::Content;
 
 use crate::admin::AdminError;
-use crate::leases;
+use crate::leases::{self, ContentReply};
 use crate::node::Node;
 
 /// Longest wait until this node knows what the cluster group has decided.
@@ -36,20 +37,32 @@ pub struct LeaseAsk {
 }
 
 impl<E: Env> Node<E> {
+    /// As [`Node::acquire_lease_of`], of the volume of that name or id.
+    ///
+    /// # Errors
+    /// As that.
+    pub async fn acquire_lease(
+        &self,
+        name_or_id: &str,
+        ask: LeaseAsk,
+    ) -> Result<(Volume, Lease), AdminError> {
+        self.acquire_lease_of(self.find_volume(name_or_id)?.id, ask).await
+    }
+
     /// Lets a host use a volume. When this returns, no write under a lease that had to make place is
     /// applied any more, on any replica.
     ///
     /// # Errors
     /// [`AdminError`]; [`AdminError::NotHeard`] and [`AdminError::NotTaken`] when the lease is
     /// granted and not in force yet.
-    pub async fn acquire_lease(
+    pub async fn acquire_lease_of(
         &self,
-        name_or_id: &str,
+        volume: VolumeId,
         ask: LeaseAsk,
     ) -> Result<(Volume, Lease), AdminError> {
         let LeaseAsk { host, mode, read_only, by_force } = ask;
         let command = Command::AcquireLease(AcquireLease {
-            volume: self.find_volume(name_or_id)?.id,
+            volume,
             host: host.clone(),
             mode,
             read_only,
@@ -65,18 +78,30 @@ impl<E: Env> Node<E> {
         Ok((volume, lease))
     }
 
-    /// Ends a host's lease, or only the one with that epoch; 0 = whichever it has. Answers whether
-    /// there was one, as far as this node knew.
+    /// As [`Node::release_lease_of`], of the volume of that name or id.
     ///
     /// # Errors
-    /// [`AdminError`]. None because the volume's group did not hear of it in time.
+    /// As that.
     pub async fn release_lease(
         &self,
         name_or_id: &str,
         host: &str,
         epoch: Epoch,
     ) -> Result<bool, AdminError> {
-        let before = self.find_volume(name_or_id)?;
+        self.release_lease_of(&self.find_volume(name_or_id)?, host, epoch).await
+    }
+
+    /// Ends a host's lease, or only the one with that epoch; 0 = whichever it has. Answers whether
+    /// there was one in `before`: the volume as it was known before.
+    ///
+    /// # Errors
+    /// [`AdminError`]. None because the volume's group did not hear of it in time.
+    pub async fn release_lease_of(
+        &self,
+        before: &Volume,
+        host: &str,
+        epoch: Epoch,
+    ) -> Result<bool, AdminError> {
         let held = before.lease(host).map(|lease| lease.epoch);
         let command = Command::ReleaseLease { volume: before.id, host: host.to_owned(), epoch };
         let volume = self.propose_about_volume(&command).await?;
@@ -97,24 +122,37 @@ impl<E: Env> Node<E> {
         Ok(held.is_some_and(|held| volume.lease_of_epoch(held).is_none()))
     }
 
+    /// Says what a volume holds, or asks only: [`Content`].
+    ///
+    /// # Errors
+    /// [`AdminError`].
+    pub async fn set_volume_content(
+        &self,
+        volume: &Volume,
+        content: Option<Content>,
+    ) -> Result<ContentReply, AdminError> {
+        self.hear_of_leases(volume).await?;
+        Ok(leases::set_content(&self.inner, volume.id, content).await?)
+    }
+
     async fn take_over_leases(&self, volume: VolumeId) -> Result<(), AdminError> {
         Ok(leases::install(&self.inner, volume).await?)
     }
 
-    /// Waits until this shard knows the leases as they were decided.
+    /// Waits until this shard knows the volume, and its leases as they were decided: another shard of
+    /// the node, or another node, may have heard of them before.
     async fn hear_of_leases(&self, volume: &Volume) -> Result<(), AdminError> {
         let env = &self.inner.env;
         let end = env.now().after(HEARD_MAX);
         loop {
             let known = self.cluster_state().volume(volume.id).map(|known| known.lease_revision);
-            match known {
-                None => return Err(AdminError::VolumeUnknown(volume.name.clone())),
-                Some(known) if known >= volume.lease_revision => return Ok(()),
-                Some(_) if env.now() >= end => {
-                    return Err(AdminError::NotHeard(volume.name.clone()));
-                }
-                Some(_) => env.sleep(POLL).await,
+            if known.is_some_and(|known| known >= volume.lease_revision) {
+                return Ok(());
             }
+            if env.now() >= end {
+                return Err(AdminError::NotHeard(volume.name.clone()));
+            }
+            env.sleep(POLL).await;
         }
     }
 }

@@ -3,13 +3,13 @@
 use ballast_api::v1 as api;
 use ballast_block::Epoch;
 use ballast_block::limits::FS_TYPE_BYTES_MAX;
-use ballast_node::cluster::{ClusterState, Lease, LeaseMode, Volume};
+use ballast_node::cluster::{Lease, LeaseMode, Volume};
 use ballast_node::content::Content;
 use ballast_node::leases::ContentReply;
 use ballast_node::leasing::LeaseAsk;
 use tonic::Status;
 
-use super::volumes::{status, volume_unknown};
+use super::volumes::status;
 use crate::shard::LinuxNode;
 
 /// Lets a host use a volume, on the volume's shard.
@@ -18,13 +18,14 @@ use crate::shard::LinuxNode;
 /// As `admin.proto` says.
 pub async fn acquire(
     node: LinuxNode,
+    volume: Volume,
     request: api::AcquireLeaseRequest,
 ) -> Result<(Volume, api::Lease), Status> {
     let mode = mode(request.mode())?;
-    let api::AcquireLeaseRequest { volume, host, read_only, force, reason, .. } = request;
+    let api::AcquireLeaseRequest { host, read_only, force, reason, .. } = request;
     let by_force = force.then_some(reason);
     let ask = LeaseAsk { host, mode, read_only, by_force };
-    let (volume, granted) = node.acquire_lease(&volume, ask).await.map_err(status)?;
+    let (volume, granted) = node.acquire_lease_of(volume.id, ask).await.map_err(status)?;
     let granted = lease(&volume, &granted);
     Ok((volume, granted))
 }
@@ -35,27 +36,28 @@ pub async fn acquire(
 /// As `admin.proto` says.
 pub async fn release(
     node: LinuxNode,
+    volume: Volume,
     request: api::ReleaseLeaseRequest,
 ) -> Result<api::ReleaseLeaseResponse, Status> {
-    let api::ReleaseLeaseRequest { volume, host, epoch } = request;
-    let released = node.release_lease(&volume, &host, Epoch(epoch)).await.map_err(status)?;
+    let api::ReleaseLeaseRequest { host, epoch, .. } = request;
+    let released = node.release_lease_of(&volume, &host, Epoch(epoch)).await.map_err(status)?;
     Ok(api::ReleaseLeaseResponse { released })
 }
 
-/// The leases that are asked for.
+/// The leases that are asked for, on shard 0.
 ///
 /// # Errors
 /// `NOT_FOUND`: no such volume.
-pub fn list(
-    state: &ClusterState,
-    request: &api::ListLeasesRequest,
+pub async fn list(
+    node: LinuxNode,
+    request: api::ListLeasesRequest,
 ) -> Result<api::ListLeasesResponse, Status> {
-    let mut volumes: Vec<&Volume> = match request.volume.as_str() {
-        "" => state.volumes().collect(),
-        name => vec![state.find_volume(name).ok_or_else(|| volume_unknown(name))?],
+    let mut volumes: Vec<Volume> = match request.volume.as_str() {
+        "" => node.cluster_state().volumes().cloned().collect(),
+        name => vec![node.find_volume_surely(name).await.map_err(status)?],
     };
-    volumes.sort_by_key(|volume| (&volume.name, volume.id));
-    let leases = volumes.into_iter().flat_map(|volume| {
+    volumes.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
+    let leases = volumes.iter().flat_map(|volume| {
         let wanted = |lease: &&Lease| request.host.is_empty() || lease.host == request.host;
         volume.leases.iter().filter(wanted).map(|it| lease(volume, it))
     });
@@ -68,11 +70,11 @@ pub fn list(
 /// As `admin.proto` says.
 pub async fn set_content(
     node: LinuxNode,
+    volume: Volume,
     request: api::SetVolumeContentRequest,
 ) -> Result<api::SetVolumeContentResponse, Status> {
     let asked = content(&request)?;
-    let volume = node.find_volume(&request.volume).map_err(status)?.id;
-    let reply = node.set_content(volume, asked).await.map_err(|error| status(error.into()))?;
+    let reply = node.set_volume_content(&volume, asked).await.map_err(status)?;
     let ContentReply { refused, content, ever_written } = reply;
     let fs_type = content.fs_type().to_owned();
     let content = match content {

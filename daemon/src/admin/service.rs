@@ -7,7 +7,7 @@ use ballast_api::v1 as api;
 use ballast_api::v1::admin_server::Admin;
 use ballast_block::{NodeId, PoolId, ShardId};
 use ballast_node::admin::Replacement;
-use ballast_node::cluster::{ClusterState, Pool, PoolState};
+use ballast_node::cluster::{ClusterState, Pool, PoolState, Volume};
 use tonic::{Request, Response, Status};
 
 use super::Access;
@@ -36,15 +36,16 @@ impl Service {
         self.access.first().ask(question).await.map_err(unavailable)
     }
 
-    /// The shard of this node that serves a volume's replicas.
-    async fn shard_of(&self, volume: &str) -> Result<&Shard, Status> {
+    /// A volume, and the shard of this node that serves its replicas.
+    async fn volume_at(&self, volume: &str) -> Result<(Volume, &Shard), Status> {
         let name = volume.to_owned();
-        let found = self.ask(async move |node| node.find_volume(&name)).await?;
-        let shard = found.map_err(volumes::status)?.shard;
-        self.access.shards.get(shard.0 as usize).ok_or_else(|| {
-            let node = self.access.node;
+        let found = self.ask(async move |node| node.find_volume_surely(&name).await).await?;
+        let volume = found.map_err(volumes::status)?;
+        let shard = self.access.shards.get(volume.shard.0 as usize).ok_or_else(|| {
+            let (node, shard) = (self.access.node, volume.shard);
             Status::unavailable(format!("{node} has no pool for {shard}: ask a node that has"))
-        })
+        })?;
+        Ok((volume, shard))
     }
 
     async fn picture(&self) -> Result<Picture, Status> {
@@ -168,6 +169,9 @@ impl Admin for Service {
         request: Request<api::GetVolumeRequest>,
     ) -> Result<Response<api::GetVolumeResponse>, Status> {
         let name = request.into_inner().volume;
+        let asked = name.clone();
+        let found = self.ask(async move |node| node.find_volume_surely(&asked).await).await?;
+        found.map_err(volumes::status)?;
         let picture = self.picture().await?;
         let volume = picture.state.find_volume(&name).ok_or_else(|| volume_unknown(&name))?;
         Ok(Response::new(api::GetVolumeResponse {
@@ -206,8 +210,8 @@ impl Admin for Service {
         request: Request<api::AcquireLeaseRequest>,
     ) -> Result<Response<api::AcquireLeaseResponse>, Status> {
         let request = request.into_inner();
-        let shard = self.shard_of(&request.volume).await?;
-        let granted = shard.ask(|node| leases::acquire(node, request)).await;
+        let (volume, shard) = self.volume_at(&request.volume).await?;
+        let granted = shard.ask(|node| leases::acquire(node, volume, request)).await;
         let (volume, lease) = granted.map_err(unavailable)??;
         let (lease, volume) = (Some(lease), Some(self.picture().await?.volume(&volume)));
         Ok(Response::new(api::AcquireLeaseResponse { lease, volume }))
@@ -218,8 +222,8 @@ impl Admin for Service {
         request: Request<api::ReleaseLeaseRequest>,
     ) -> Result<Response<api::ReleaseLeaseResponse>, Status> {
         let request = request.into_inner();
-        let shard = self.shard_of(&request.volume).await?;
-        let released = shard.ask(|node| leases::release(node, request)).await;
+        let (volume, shard) = self.volume_at(&request.volume).await?;
+        let released = shard.ask(|node| leases::release(node, volume, request)).await;
         released.map_err(unavailable)?.map(Response::new)
     }
 
@@ -228,9 +232,7 @@ impl Admin for Service {
         request: Request<api::ListLeasesRequest>,
     ) -> Result<Response<api::ListLeasesResponse>, Status> {
         let request = request.into_inner();
-        self.ask(async move |node| leases::list(&node.cluster_state(), &request))
-            .await?
-            .map(Response::new)
+        self.ask(|node| leases::list(node, request)).await?.map(Response::new)
     }
 
     async fn set_volume_content(
@@ -238,8 +240,8 @@ impl Admin for Service {
         request: Request<api::SetVolumeContentRequest>,
     ) -> Result<Response<api::SetVolumeContentResponse>, Status> {
         let request = request.into_inner();
-        let shard = self.shard_of(&request.volume).await?;
-        let answered = shard.ask(|node| leases::set_content(node, request)).await;
+        let (volume, shard) = self.volume_at(&request.volume).await?;
+        let answered = shard.ask(|node| leases::set_content(node, volume, request)).await;
         answered.map_err(unavailable)?.map(Response::new)
     }
 
@@ -248,7 +250,7 @@ impl Admin for Service {
         request: Request<api::MoveLeaderRequest>,
     ) -> Result<Response<api::MoveLeaderResponse>, Status> {
         let request = request.into_inner();
-        let shard = self.shard_of(&request.volume).await?;
+        let (_, shard) = self.volume_at(&request.volume).await?;
         let moved = shard.ask(|node| volumes::move_leader(node, request)).await;
         moved.map_err(unavailable)?.map(Response::new)
     }

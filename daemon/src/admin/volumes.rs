@@ -3,7 +3,7 @@
 use ballast_api::v1 as api;
 use ballast_block::NodeId;
 use ballast_node::admin::AdminError;
-use ballast_node::cluster::{ClusterState, RefusalCode, Volume, VolumePhase};
+use ballast_node::cluster::{ClusterState, RefusalCode, Volume};
 use ballast_node::leases::LeaseError;
 use tonic::{Code, Status};
 
@@ -52,9 +52,7 @@ pub async fn delete(
     node: LinuxNode,
     request: api::DeleteVolumeRequest,
 ) -> Result<api::DeleteVolumeResponse, Status> {
-    let living = |volume: &Volume| volume.phase != VolumePhase::Deleting;
-    let deleted = node.find_volume(&request.volume).is_ok_and(|volume| living(&volume));
-    node.delete_volume(&request.volume).await.map_err(status)?;
+    let deleted = node.delete_volume(&request.volume).await.map_err(status)?;
     Ok(api::DeleteVolumeResponse { deleted })
 }
 
@@ -153,4 +151,101 @@ pub fn status(error: AdminError) -> Status {
         AdminError::CantMove { .. } => Code::FailedPrecondition,
     };
     Status::new(code, error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use ballast_block::{ClusterId, PoolId, ShardId, VolumeId};
+    use ballast_node::cluster::{
+        AcquireLease, Command, CreateVolume, LeaseMode, NodeBooted, PoolSpace, RegisterNode, Reply,
+    };
+
+    use super::*;
+
+    /// A volume of every number below, each with as many leases.
+    fn leased(volumes: u32, leases: u32) -> ClusterState {
+        let mut state = ClusterState::new(ClusterId::from_bytes([1; 16]));
+        let node = NodeId(1);
+        state.apply(Command::RegisterNode(RegisterNode {
+            node,
+            name: "n1".to_owned(),
+            peer_address: "10.0.0.1:7300".to_owned(),
+            labels: BTreeMap::new(),
+        }));
+        state.apply(Command::NodeBooted(NodeBooted {
+            node,
+            pool: PoolId::from_bytes([1; 16]),
+            shard: ShardId(0),
+            boot_counter: 1,
+            incarnation: 1,
+            space: PoolSpace { capacity_bytes: 1 << 40, used_bytes: 0 },
+            settled: 0,
+            settled_boot: 0,
+            offered: 0,
+            member: None,
+            told: None,
+        }));
+        for number in 0..volumes {
+            let volume = VolumeId::from_bytes(u128::from(number + 1).to_le_bytes());
+            let Reply::Volume(made) = state.apply(Command::CreateVolume(CreateVolume {
+                volume,
+                name: format!("v-{number:03}"),
+                size_bytes: 1 << 20,
+                replicas: 1,
+                created_at_ms: 0,
+                preferred: Vec::new(),
+            })) else {
+                panic!("not a volume")
+            };
+            state.apply(Command::FamilyFormed { family: made.family });
+            for host in 0..leases {
+                let (host, mode) = (format!("host-{host}"), LeaseMode::Readers);
+                let (read_only, force, reason, at_ms) = (true, false, String::new(), 0);
+                let lease = AcquireLease { volume, host, mode, read_only, force, reason, at_ms };
+                assert!(matches!(state.apply(Command::AcquireLease(lease)), Reply::Volume(_)));
+            }
+        }
+        state
+    }
+
+    fn picture(state: ClusterState) -> Picture {
+        Picture {
+            own: NodeId(1),
+            founders: 1,
+            state,
+            refused: BTreeMap::new(),
+            ended: BTreeMap::new(),
+            reports: BTreeMap::new(),
+        }
+    }
+
+    #[test]
+    fn pages_are_bounded_by_volumes_and_by_leases() {
+        let picture = picture(leased(130, 64));
+        let mut request = api::ListVolumesRequest::default();
+        let mut pages = Vec::new();
+        let mut seen = Vec::new();
+        loop {
+            let page = list(&picture, &request).unwrap();
+            pages.push(page.volumes.len());
+            seen.extend(page.volumes.into_iter().map(|volume| (volume.name, volume.leases.len())));
+            request.page_token = page.next_page_token;
+            if request.page_token.is_empty() {
+                break;
+            }
+        }
+        assert_eq!(pages, [62, 62, 6]);
+        assert!(seen.is_sorted() && seen.iter().all(|(_, leases)| *leases == 64));
+        request = api::ListVolumesRequest { page_size: 5, ..Default::default() };
+        assert_eq!(list(&picture, &request).unwrap().volumes.len(), 5);
+    }
+
+    #[test]
+    fn preferred_nodes_that_are_not_there_are_passed_by() {
+        let state = leased(0, 0);
+        let names = ["node-7", "n1", "1", "nobody"].map(str::to_owned);
+        assert_eq!(preferred(&state, &names), [NodeId(1)]);
+    }
 }
