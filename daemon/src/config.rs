@@ -39,6 +39,9 @@ pub struct ConfigFile {
     /// How volumes behave.
     #[serde(default)]
     pub volumes: Volumes,
+    /// The process's own memory.
+    #[serde(default)]
+    pub memory: Memory,
 }
 
 /// A cluster's id as text.
@@ -161,6 +164,20 @@ impl Default for Volumes {
     }
 }
 
+/// The process's own memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Memory {
+    /// Whether it is kept from being paged out.
+    pub lock: bool,
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self { lock: true }
+    }
+}
+
 /// `IP:PORT` or `unix:PATH`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ListenAddress {
@@ -270,6 +287,7 @@ mod tests {
             + "\n[[nodes]]"
             + example().split_once("\n[[nodes]]").unwrap().1;
         let plain = crate::settings::Settings::check(toml::from_str(&minimal).unwrap()).unwrap();
+        assert_eq!(plain.lock_memory, settings.lock_memory);
         let (plain, settings) = (plain.first(), settings.first());
         assert_eq!(plain.raft, settings.raft);
         assert_eq!(plain.retention_bytes, settings.retention_bytes);
@@ -295,7 +313,8 @@ mod tests {
     #[test]
     fn unknown_keys_are_errors_in_every_table() {
         let example = example();
-        let tables = ["", "[listen]\n", "[log]\n", "[raft]\n", "[volumes]\n", "[[nodes]]\n"];
+        let tables =
+            ["", "[listen]\n", "[log]\n", "[raft]\n", "[volumes]\n", "[memory]\n", "[[nodes]]\n"];
         for table in tables {
             let wrong = match table {
                 "" => format!("surprise = 1\n{example}"),

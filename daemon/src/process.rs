@@ -1,5 +1,6 @@
-//! What the kernel says of processes.
+//! What the kernel says of processes, and what this one asks of it.
 
+use ballast_env::linux::{lock_memory, mark_io_flusher};
 use nix::unistd::{SysconfVar, sysconf};
 
 /// Memory, time and files of this process.
@@ -45,6 +46,29 @@ impl Usage {
             open_files,
             threads: field(20),
         }
+    }
+}
+
+/// Keeps this process from waiting for its own volumes when memory is short (docs/guide/memory.md).
+/// A node serves without that too: what is not permitted is said in the log, with the remedy.
+pub fn stay_out_of_reclaim(lock: bool) {
+    let flusher = mark_io_flusher();
+    if !lock {
+        let is_io_flusher = flusher.is_ok();
+        tracing::info!(is_io_flusher, "memory is not locked (memory.lock = false)");
+        return;
+    }
+    match flusher {
+        Ok(()) => tracing::info!("this process is an I/O flusher"),
+        Err(error) => tracing::warn!(%error, "this process can't be made an I/O flusher: when \
+            memory is short, it and file systems on volumes that are used on this host may wait \
+            for each other for ever; give it CAP_SYS_RESOURCE (Linux 5.6 or newer)"),
+    }
+    match lock_memory() {
+        Ok(()) => tracing::info!("memory is locked"),
+        Err(error) => tracing::warn!(%error, "memory can't be locked: when it is short, volumes \
+            may stall; give this process CAP_SYS_RESOURCE, or CAP_IPC_LOCK, or no limit of locked \
+            memory (LimitMEMLOCK=infinity), or set memory.lock = false"),
     }
 }
 

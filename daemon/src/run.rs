@@ -16,7 +16,7 @@ use crate::error::DaemonError;
 use crate::prometheus::Metrics;
 use crate::settings::Settings;
 use crate::shard::{self, Condition, Shard, ShardEnded};
-use crate::{http, logging};
+use crate::{http, logging, process};
 
 /// Longest that a node may take to stop in order. Its log has everything: ending it hard loses
 /// nothing, the next start reads more.
@@ -43,6 +43,8 @@ pub fn run(arguments: &RunArguments) -> Result<(), DaemonError> {
 /// # Errors
 /// [`DaemonError`].
 pub fn serve(settings: Settings) -> Result<(), DaemonError> {
+    // Before there is another thread.
+    process::stay_out_of_reclaim(settings.lock_memory);
     // Before the first handle of a counter is made.
     let metrics = Metrics::install(&settings);
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -31,6 +31,8 @@ pub struct Settings {
     pub metrics: Option<SocketAddr>,
     /// Logging.
     pub log: Log,
+    /// Whether the process's memory stays in memory.
+    pub lock_memory: bool,
 }
 
 impl Settings {
@@ -81,7 +83,8 @@ impl Settings {
         }
         let (grpc, metrics) = (file.listen.grpc, file.listen.metrics);
         let shard = |pool| NodeConfig { pool, ..node.clone() };
-        Ok(Self { shards: pools.into_iter().map(shard).collect(), grpc, metrics, log: file.log })
+        let shards = pools.into_iter().map(shard).collect();
+        Ok(Self { shards, grpc, metrics, log: file.log, lock_memory: file.memory.lock })
     }
 
     /// What shard 0 needs: what is not about pools is the whole node's.

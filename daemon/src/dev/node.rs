@@ -74,7 +74,8 @@ pub fn config_text(cluster: &Description, node: &NodeDescription) -> String {
         "# Written by `ballastd dev`, once. Yours to change while the node is stopped.\n\
          cluster = \"{}\"\nnode = {}\n{}\n\n\
          [listen]\nnbd = [{}]\ngrpc = \"{}\"\nmetrics = \"{}\"\n\n\
-         [volumes]\n# Whoever connects may use a volume that has no lease.\nleases = \"optional\"\n",
+         [volumes]\n# Whoever connects may use a volume that has no lease.\nleases = \"optional\"\n\n\
+         [memory]\n# Developers' machines have other uses for it.\nlock = false\n",
         cluster.cluster,
         node.id,
         pools_text(cluster.pools_per_node),

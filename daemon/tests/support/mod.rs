@@ -108,9 +108,15 @@ pub struct Running {
 impl Running {
     /// Starts it.
     pub fn start(log: &Path, arguments: &[&str]) -> Self {
+        Self::start_by(log, &[], arguments)
+    }
+
+    /// Starts it by a command that becomes it.
+    pub fn start_by(log: &Path, by: &[&str], arguments: &[&str]) -> Self {
         let file = fs::File::create(log).unwrap();
-        let mut command = Command::new(PROGRAM);
-        command.args(arguments).stdin(Stdio::null());
+        let words = [by, &[PROGRAM], arguments].concat();
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]).stdin(Stdio::null());
         command.stdout(file.try_clone().unwrap()).stderr(file);
         Self { child: command.spawn().unwrap(), log: log.to_owned() }
     }
@@ -130,6 +136,11 @@ impl Running {
             assert!(ended.is_none(), "ended {ended:?}: {}", self.printed());
             self.printed().contains(what).then_some(())
         });
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Sends a signal.

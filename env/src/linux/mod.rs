@@ -17,6 +17,7 @@ mod memory;
 mod network;
 mod open;
 mod operation;
+mod reclaim;
 mod ring;
 mod spawn;
 
@@ -29,6 +30,7 @@ pub use flush::SyncBy;
 pub use memory::keep_memory;
 pub use network::{LinuxDetached, LinuxListener, LinuxStream};
 pub use open::OpenError;
+pub use reclaim::{lock_memory, mark_io_flusher};
 
 use ring::Ring;
 
