@@ -58,7 +58,18 @@ install_cargo_deny() {
         --version "$cargo_deny" cargo-deny
 }
 
+# Reads the manifests by Kubernetes' own types (deploy/check). Debian 12 has an older one.
+find_go() {
+    local go minor
+    go=$(command -v go || echo /usr/local/go/bin/go)
+    minor=$("$go" env GOVERSION 2>/dev/null | sed -n 's/^go1\.\([0-9]*\).*/\1/p') || true
+    ((${minor:-0} >= 25)) && return
+    log "Go 1.25 or newer is missing: install it from https://go.dev/dl to /usr/local/go" >&2
+    exit 1
+}
+
 [[ ${1:-} != --bench ]] || packages+=("${bench_packages[@]}")
 cd / # away from the project's toolchain file
 install_packages "${packages[@]}"
 install_cargo_deny
+find_go
