@@ -121,7 +121,7 @@ pub struct ExportInfo {
     pub name: String,
     /// For people; may be empty.
     pub description: String,
-    /// Size in bytes. The session refuses what lies outside; it does not change while it lasts.
+    /// Size in bytes. The session refuses what lies outside, until it is told that it has grown.
     pub size: u64,
     /// Whether writes are refused; always so for [`Access::ReadOnly`].
     pub read_only: bool,

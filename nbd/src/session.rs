@@ -263,6 +263,15 @@ impl Session {
         }
     }
 
+    /// The export has grown to `size` bytes: requests up to there are taken from now on. The client
+    /// is not told, the protocol has no words for that. A smaller size changes nothing.
+    pub fn grow(&mut self, size: u64) {
+        if let Phase::Transmission(transmission) = &mut self.phase {
+            let negotiated = &mut transmission.negotiated;
+            negotiated.size = negotiated.size.max(size);
+        }
+    }
+
     /// From now on requests and options are refused because the node stops; what is in flight is
     /// answered as it is completed.
     pub fn begin_shutdown(&mut self) {

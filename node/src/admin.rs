@@ -245,17 +245,21 @@ impl<E: Env> Node<E> {
         }
     }
 
-    /// Grows a volume and waits until its group has taken the size.
+    /// Grows a volume and waits until its group has taken the size: from then on what lies beyond
+    /// the old end can be written. For a node of the volume's shard.
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError`]; [`AdminError::NotTaken`] when the size is decided and not in force yet.
     pub async fn resize_volume(
         &self,
         name_or_id: &str,
         size_bytes: u64,
     ) -> Result<Volume, AdminError> {
         let volume = self.find_volume_surely(name_or_id).await?.id;
-        self.propose_about_volume(&Command::ResizeVolume { volume, size_bytes }).await
+        let command = Command::ResizeVolume { volume, size_bytes };
+        let grown = self.propose_about_volume(&command).await?;
+        self.take_over(&grown).await?;
+        Ok(grown)
     }
 
     /// For commands that are answered with the volume.

@@ -49,7 +49,7 @@ pub enum Tag {
     Entry = 17,
     /// Take over the lead of a family: the asker can't reach its leader.
     TakeLead = 18,
-    /// Take over the leases of a family's volume that the cluster group knows.
+    /// Take over the leases and the size of a family's volume that the cluster group knows.
     InstallLeases = 19,
     /// What a family's volume holds, or is to hold: a `SetContentV1` of its log; kind 0 only asks.
     Content = 20,
@@ -330,12 +330,15 @@ pub struct AttachReplyV1 {
     pub size: u64,
 }
 
-/// Asks the leader to take leases over.
+/// Asks the leader to take over what the cluster group decided about its volume.
 #[derive(Clone, Copy, PartialEq, Message)]
 pub struct InstallLeasesV1 {
-    /// The revision that the asker knows: this or a newer one.
+    /// The revision of the leases that the asker knows: this or a newer one.
     #[prost(uint64, tag = "1")]
     pub revision: u64,
+    /// The size in bytes that the asker knows: this or a larger one.
+    #[prost(uint64, tag = "2")]
+    pub size: u64,
 }
 
 /// The answer about leases and content.

@@ -151,6 +151,12 @@ impl<E: Env> VolumeClient<E> {
         self.size
     }
 
+    /// The size in bytes that the volume has by now, as far as this node knows.
+    pub fn size_now(&self) -> u64 {
+        let state = self.inner.cluster.state();
+        state.volume_of_family(self.family).map_or(self.size, |volume| volume.size_bytes)
+    }
+
     /// The volume's name.
     pub fn name(&self) -> &str {
         &self.name

@@ -1,7 +1,7 @@
-//! Leases on their way from the cluster group into the families' own logs.
+//! Leases, and sizes, on their way from the cluster group into the families' own logs.
 //!
 //! The cluster group decides who holds a lease; a family fences by what its own log says (hazard
-//! F10). Owns the way between the two: the leader proposes what the cluster knows, when it is asked,
+//! F10), and checks writes against the size that it says. Owns the way between the two: the leader proposes what the cluster knows, when it is asked,
 //! when somebody attaches under a lease that it has not heard of, and in each round of `reconcile`.
 //! Never decides about a lease. Write path, before step 3.
 
@@ -11,7 +11,7 @@ use std::time::Duration;
 use ballast_block::{Epoch, FamilyId, NodeId, VolumeId};
 use ballast_cluster::{Lease, LeaseMode, Volume};
 use ballast_env::Env;
-use ballast_volume::command::{FamilyCommand, GrantV1, SetContentV1, SetLeasesV1};
+use ballast_volume::command::{FamilyCommand, GrantV1, ResizeV1, SetContentV1, SetLeasesV1};
 use ballast_volume::content::Content;
 use ballast_volume::family::{ExecuteError, Family};
 use thiserror::Error;
@@ -85,8 +85,8 @@ impl<E: Env> Node<E> {
     }
 }
 
-/// Has the family's leader take the leases over that the cluster group knows. When this returns, no
-/// write under an earlier lease is applied any more.
+/// Has the family's leader take the leases and the size over that the cluster group knows. When this
+/// returns, no write under an earlier lease is applied any more, and writes up to the size are.
 ///
 /// # Errors
 /// [`LeaseError`].
@@ -96,7 +96,7 @@ pub(crate) async fn install<E: Env>(
 ) -> Result<(), LeaseError> {
     let known = inner.cluster.state().volume(volume).cloned();
     let known = known.ok_or(LeaseError::VolumeUnknown(volume))?;
-    let ask = InstallLeasesV1 { revision: known.lease_revision };
+    let ask = InstallLeasesV1 { revision: known.lease_revision, size: known.size_bytes };
     let body = Tag::InstallLeases.message(&ask);
     at_leader(inner, &known, body).await.map(|_| ())
 }
@@ -173,7 +173,7 @@ async fn ask<E: Env>(
     decode(reply.body).ok()
 }
 
-/// Takes over at least that revision of the leases, if this node leads the family.
+/// Takes over at least that revision of the leases and that size, if this node leads the family.
 pub(crate) async fn install_here<E: Env>(
     inner: &Rc<Inner<E>>,
     family: FamilyId,
@@ -185,11 +185,16 @@ pub(crate) async fn install_here<E: Env>(
     }
     // The asker may have heard of it before this node.
     let heard = |state: &ballast_cluster::ClusterState| {
-        state.volume_of_family(family).is_some_and(|known| known.lease_revision >= ask.revision)
+        state.volume_of_family(family).is_some_and(|known| {
+            known.lease_revision >= ask.revision && known.size_bytes >= ask.size
+        })
     };
     hear(inner, heard).await;
-    match bring_up(inner, &member).await {
-        Ok(()) if member.state().leases().revision() >= ask.revision => ContentReplyV1::default(),
+    let brought_up = bring_up(inner, &member).await;
+    let state = member.state();
+    let is_there = state.leases().revision() >= ask.revision && state.size() >= ask.size;
+    match brought_up {
+        Ok(()) if is_there => ContentReplyV1::default(),
         Ok(()) => stopped(),
         Err(error) => failed(&error),
     }
@@ -231,7 +236,8 @@ pub(crate) async fn content_here<E: Env>(
     }
 }
 
-/// Proposes the leases that this node knows of, where the family has older ones. For the leader.
+/// Proposes the size and the leases that this node knows of, where the family has older ones. For
+/// the leader.
 pub(crate) async fn bring_up<E: Env>(
     inner: &Inner<E>,
     family: &Family<E>,
@@ -239,12 +245,16 @@ pub(crate) async fn bring_up<E: Env>(
     let id = family.group().replica().family();
     let known = inner.cluster.state().volume_of_family(id).cloned();
     let Some(volume) = known else { return Ok(()) };
-    if volume.lease_revision <= family.state().leases().revision() {
-        return Ok(());
+    if family.state().size() < volume.size_bytes {
+        let resize = FamilyCommand::Resize(ResizeV1 { size: volume.size_bytes });
+        family.control(resize).await?;
     }
-    let grants = volume.leases.iter().map(grant).collect();
-    let leases = SetLeasesV1 { revision: volume.lease_revision, grants };
-    family.control(FamilyCommand::SetLeases(leases)).await.map(|_| ())
+    if family.state().leases().revision() < volume.lease_revision {
+        let grants = volume.leases.iter().map(grant).collect();
+        let leases = SetLeasesV1 { revision: volume.lease_revision, grants };
+        family.control(FamilyCommand::SetLeases(leases)).await?;
+    }
+    Ok(())
 }
 
 /// Whether the family knows that lease, once it has heard what the cluster group decided. For the

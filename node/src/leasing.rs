@@ -73,8 +73,7 @@ impl<E: Env> Node<E> {
         let volume = self.propose_about_volume(&command).await?;
         let lease = volume.lease(&host).cloned();
         let lease = lease.ok_or_else(|| AdminError::NotHeard(volume.name.clone()))?;
-        self.hear_of_leases(&volume).await?;
-        self.take_over_leases(volume.id).await?;
+        self.take_over(&volume).await?;
         Ok((volume, lease))
     }
 
@@ -106,13 +105,9 @@ impl<E: Env> Node<E> {
         let command = Command::ReleaseLease { volume: before.id, host: host.to_owned(), epoch };
         let volume = self.propose_about_volume(&command).await?;
         if volume.phase == VolumePhase::Ready {
-            let taken_over = async {
-                self.hear_of_leases(&volume).await?;
-                self.take_over_leases(volume.id).await
-            };
             let taken_over = tokio::select! {
                 biased;
-                taken_over = taken_over => taken_over,
+                taken_over = self.take_over(&volume) => taken_over,
                 () = self.inner.env.sleep(RELEASED_MAX) => Ok(()),
             };
             if let Err(error) = taken_over {
@@ -131,22 +126,26 @@ impl<E: Env> Node<E> {
         volume: &Volume,
         content: Option<Content>,
     ) -> Result<ContentReply, AdminError> {
-        self.hear_of_leases(volume).await?;
+        self.hear_of(volume).await?;
         Ok(leases::set_content(&self.inner, volume.id, content).await?)
     }
 
-    async fn take_over_leases(&self, volume: VolumeId) -> Result<(), AdminError> {
-        Ok(leases::install(&self.inner, volume).await?)
+    /// Has the volume's group take over what the cluster group decided.
+    pub(crate) async fn take_over(&self, volume: &Volume) -> Result<(), AdminError> {
+        self.hear_of(volume).await?;
+        Ok(leases::install(&self.inner, volume.id).await?)
     }
 
-    /// Waits until this shard knows the volume, and its leases as they were decided: another shard of
-    /// the node, or another node, may have heard of them before.
-    async fn hear_of_leases(&self, volume: &Volume) -> Result<(), AdminError> {
+    /// Waits until this shard knows the volume, its size and its leases as they were decided: another
+    /// shard of the node, or another node, may have heard of them before.
+    async fn hear_of(&self, volume: &Volume) -> Result<(), AdminError> {
         let env = &self.inner.env;
         let end = env.now().after(HEARD_MAX);
+        let is_heard = |known: &Volume| {
+            known.lease_revision >= volume.lease_revision && known.size_bytes >= volume.size_bytes
+        };
         loop {
-            let known = self.cluster_state().volume(volume.id).map(|known| known.lease_revision);
-            if known.is_some_and(|known| known >= volume.lease_revision) {
+            if self.cluster_state().volume(volume.id).is_some_and(is_heard) {
                 return Ok(());
             }
             if env.now() >= end {

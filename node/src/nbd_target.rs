@@ -84,6 +84,8 @@ struct Connection<E: Env> {
     client: Option<Rc<VolumeClient<E>>>,
     running: FuturesUnordered<LocalBoxFuture<'static, Completion>>,
     attached: Rc<Cell<bool>>,
+    /// Of the cluster's state when the volume's size was looked at last.
+    revision_seen: u64,
     _counted: Counted<E>,
 }
 
@@ -116,7 +118,8 @@ impl<E: Env> Connection<E> {
         let running = FuturesUnordered::new();
         let (client, attached) = (None, Rc::default());
         let _counted = Counted::new(inner.clone());
-        Self { inner, stream, from, session, client, running, attached, _counted }
+        let revision_seen = 0;
+        Self { inner, stream, from, session, client, running, attached, revision_seen, _counted }
     }
 
     /// Serves the client; `asked` is what it waits for already.
@@ -161,6 +164,7 @@ impl<E: Env> Connection<E> {
             self.session.export_opened(opened);
         }
         loop {
+            self.note_growth();
             while let Some(event) = self.session.next_event().map_err(io::Error::other)? {
                 match event {
                     Event::OpenExport(open) => {
@@ -180,6 +184,16 @@ impl<E: Env> Connection<E> {
                 return Ok(Served::Ended);
             }
             poll_fn(|context| self.poll_progress(context)).await?;
+        }
+    }
+
+    /// A volume may grow while a client uses it; looked at when the cluster's state has changed.
+    fn note_growth(&mut self) {
+        let Some(client) = &self.client else { return };
+        let revision = self.inner.cluster.state().revision();
+        if self.revision_seen != revision {
+            self.revision_seen = revision;
+            self.session.grow(client.size_now());
         }
     }
 

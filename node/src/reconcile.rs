@@ -15,7 +15,6 @@ use ballast_cluster::{
 };
 use ballast_env::Env;
 use ballast_raft_store::types::Member;
-use ballast_volume::command::{FamilyCommand, ResizeV1};
 use ballast_volume::family::Family;
 use ballast_volume::state::FoundingV1;
 
@@ -272,8 +271,7 @@ async fn keep<E: Env>(inner: &Rc<Inner<E>>, replica: &Replica, volume: &Volume) 
     if volume.phase == VolumePhase::Creating {
         form(inner, replica, volume).await;
     }
-    grow(inner, volume).await;
-    lease(inner, volume).await;
+    bring_up(inner, volume).await;
 }
 
 /// Forms the family's Raft group, once all its replicas are there; done by the lowest of them.
@@ -298,26 +296,14 @@ async fn form<E: Env>(inner: &Rc<Inner<E>>, own: &Replica, volume: &Volume) {
     }
 }
 
-/// The family's own log decides on the size that writes are checked against.
-async fn grow<E: Env>(inner: &Rc<Inner<E>>, volume: &Volume) {
-    let family = inner.families.borrow().get(&volume.family).cloned();
-    let Some(family) = family else { return };
-    if family.group().leading_term().is_none() || family.state().size() >= volume.size_bytes {
-        return;
-    }
-    let resize = FamilyCommand::Resize(ResizeV1 { size: volume.size_bytes });
-    if let Err(error) = family.control(resize).await {
-        tracing::debug!(volume = volume.name, %error, "can't grow yet");
-    }
-}
-
-/// The family's own log decides under which leases writes are taken.
-async fn lease<E: Env>(inner: &Rc<Inner<E>>, volume: &Volume) {
+/// The family's own log decides on the size that writes are checked against, and under which leases
+/// they are taken.
+async fn bring_up<E: Env>(inner: &Rc<Inner<E>>, volume: &Volume) {
     let family = inner.families.borrow().get(&volume.family).cloned();
     let leads = |family: &Family<E>| family.group().leading_term().is_some();
     let Some(family) = family.filter(leads) else { return };
     if let Err(error) = leases::bring_up(inner, &family).await {
-        tracing::debug!(volume = volume.name, %error, "can't take leases over yet");
+        tracing::debug!(volume = volume.name, %error, "can't take size and leases over yet");
     }
 }
 

@@ -1,12 +1,14 @@
 //! Leases that move while the one who had them writes on (hazard F10): what he still sends is refused,
 //! wherever he is and whenever it arrives.
 
+use ballast_block::geometry::BLOCK_SIZE_U64;
 use ballast_block::{BlockRange, NodeId};
 use ballast_cluster::LeaseMode;
-use ballast_sim::ballast::Sizes;
+use ballast_sim::ballast::{Sizes, volume_name};
 use ballast_sim::machine::Crash;
 use ballast_sim::oracle::Outcome;
 use ballast_sim::scene::{Scene, ScriptHost, play};
+use ballast_sim::system::System;
 
 const N1: NodeId = NodeId(1);
 const N2: NodeId = NodeId(2);
@@ -148,6 +150,26 @@ fn holders_of_a_shared_lease_come_and_go_alone() {
         let late = first.write(OTHERS);
         assert_ne!(late.within(PATIENCE_MS).await, Some(Outcome::Done));
         second.must_write(BLOCKS).await;
+        scene.end().await;
+    });
+}
+
+/// A volume grows while its holder writes: what lies beyond the old end can be written when the
+/// administrator has his answer, on the connection that was there before.
+#[test]
+fn a_volume_grows_under_its_writer() {
+    holds(|scene| async move {
+        let holder = holder_at_1(&scene).await;
+        let old = scene.ballast.volumes()[scene.volume()].blocks;
+        let beyond = BlockRange::new(old, 4);
+        let refused = holder.write(beyond).within(PATIENCE_MS).await;
+        assert_eq!(refused, Some(Outcome::Refused), "it lies outside");
+        let bytes = (old + 1_024) * BLOCK_SIZE_U64;
+        let name = volume_name(scene.volume());
+        let grown = scene.ask(N3, |node| async move { node.resize_volume(&name, bytes).await });
+        assert_eq!(grown.await.map(|volume| volume.size_bytes), Ok(bytes));
+        scene.world.sleep_ms(100).await;
+        holder.must_write(beyond).await;
         scene.end().await;
     });
 }

@@ -56,7 +56,7 @@ pub async fn delete(
     Ok(api::DeleteVolumeResponse { deleted })
 }
 
-/// Grows a volume, on shard 0.
+/// Grows a volume, on the volume's shard.
 ///
 /// # Errors
 /// As `admin.proto` says.
