@@ -247,6 +247,42 @@ fn what_comes_after_an_opening_with_a_hole_is_kept() {
     });
 }
 
+/// A path that flaps: one opening can't read a batch, cuts the log there and says so; the next one can
+/// read it again. Its log is short of what was acknowledged, and nothing on the disk is damaged.
+#[test]
+fn what_one_opening_could_not_read_is_suspect_to_the_next() {
+    run(async {
+        let (env, _pool, machine) = fresh().await;
+        for index in 0..4 {
+            append(&machine.replica, vec![write(index, index, blocks(1, index))]).await.unwrap();
+        }
+        let mut image = env.image(&path());
+        let header = place_of(&image, &blocks(1, 2)) - 1;
+        image.make_unreadable(header);
+        let (env, _pool, report, _) = open(image).await;
+        assert_eq!(report.suspects, [ReplicaId(1)]);
+        env.sleep(std::time::Duration::from_millis(300)).await;
+
+        let mut image = env.image(&path());
+        image.make_readable(header);
+        let (env, _pool, report, machine) = open(image).await;
+        assert_eq!(report.suspects, [ReplicaId(1)], "it said that it had 2 and 3");
+        let mut log = machine.replica.log();
+        assert_eq!(log.get_log_state().await.unwrap().last_log_id, Some(log_id(1, 1)));
+        let early = machine.replica.clear_suspect(1, 1);
+        assert!(matches!(early, Err(ClearSuspectError::OldTerm { .. })), "{early:?}");
+
+        append(&machine.replica, vec![of_term(3, 2, 2, blocks(1, 32))]).await.unwrap();
+        append(&machine.replica, vec![of_term(3, 3, 3, blocks(1, 33))]).await.unwrap();
+        machine.replica.clear_suspect(4, 3).unwrap();
+        env.sleep(std::time::Duration::from_millis(300)).await;
+        let (_, _, report, machine) = open(env.image(&path())).await;
+        assert_eq!(report.suspects, [], "it was brought up");
+        let mut log = machine.replica.log();
+        assert_eq!(log.get_log_state().await.unwrap().last_log_id, Some(log_id(3, 3)));
+    });
+}
+
 #[test]
 fn a_lost_vote_is_never_made_good() {
     run(async {

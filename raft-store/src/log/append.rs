@@ -120,11 +120,19 @@ impl<E: Env> ReplicaInner<E> {
         if !self.committed_unsaved.get() {
             return;
         }
-        let body = LogPointV1 { id: self.log.borrow().committed.map(Into::into) }.encode_to_vec();
+        let body = LogPointV1::of(self.log.borrow().committed).encode_to_vec();
         let kind = RecordKind::Committed;
         if self.append(SpaceClass::Normal, kind, &body, None, &[]).is_ok() {
             self.committed_unsaved.set(false);
         }
+    }
+
+    /// Says that the replica is suspect no more. A record that finds no room is no loss: the next
+    /// checkpoint says it, too.
+    pub fn append_cleared(&self) {
+        let point = LogPointV1::of(self.log.borrow().committed);
+        let body = LogPointV1 { cleared: true, ..point }.encode_to_vec();
+        let _ = self.append(SpaceClass::Control, RecordKind::Committed, &body, None, &[]);
     }
 
     /// The log up to `last` is durable, unless it was truncated since.
@@ -155,7 +163,7 @@ impl<E: Env> ReplicaInner<E> {
     /// Voids the entries after `last`.
     pub async fn truncate_after(&self, last: Option<LogId>) -> Result<(), PoolFailure> {
         self.alive()?;
-        let body = LogPointV1 { id: last.map(Into::into) }.encode_to_vec();
+        let body = LogPointV1::of(last).encode_to_vec();
         self.append_or_wait(SpaceClass::Control, RecordKind::Truncate, &body, None, &[]).await?;
         self.truncate_index(last);
         Ok(())
@@ -180,7 +188,7 @@ impl<E: Env> ReplicaInner<E> {
         if self.checkpointed.get() < applied.min(Some(upto)) {
             self.shared.checkpoint().await?;
         }
-        let body = LogPointV1 { id: Some(upto.into()) }.encode_to_vec();
+        let body = LogPointV1::of(Some(upto)).encode_to_vec();
         self.append_or_wait(SpaceClass::Control, RecordKind::Purge, &body, None, &[]).await?;
         self.purge_index(upto);
         Ok(())

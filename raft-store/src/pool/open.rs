@@ -89,6 +89,9 @@ async fn recover<E: Env>(
     for record in replay {
         replay_one(shared, record).await?;
     }
+    for replica in shared.all() {
+        replica.take_marked();
+    }
     read_votes(shared, &suspects(findings, replay, &known)).await;
     for replica in shared.all() {
         let installed = replica.resync.borrow().as_ref().map(|resync| resync.installed.get());
@@ -167,9 +170,7 @@ async fn load_replica<E: Env>(
     replica.mixed_upto.set(Sequence(saved.mixed_upto));
     replica.op.set(saved.op);
     replica.resyncs.set(saved.resyncs);
-    if let Some(SuspectV1 { vote_lost, term }) = saved.suspect {
-        *replica.health.borrow_mut() = Health::Suspect { vote_lost, term };
-    }
+    replica.marked.set(saved.suspect);
     let membership = saved.membership.unwrap_or_default().decode_membership();
     let membership = membership.map_err(|error| error.to_string())?;
     replica.checkpointed.set(saved.applied.map(Into::into));
@@ -242,8 +243,9 @@ async fn replay_one<E: Env>(
             replica.log.borrow_mut().vote = Some(vote);
         }
         kind @ (RecordKind::Truncate | RecordKind::Purge | RecordKind::Committed) => {
-            let id = decode::<LogPointV1>(record).map_err(problem)?.id.map(LogId::from);
-            replica.replay_point(kind, id);
+            let point: LogPointV1 = decode(record).map_err(problem)?;
+            replica.replay_suspicion(&point);
+            replica.replay_point(kind, point.id.map(LogId::from));
         }
         RecordKind::DropReplica => shared.forget(&replica),
         RecordKind::MovedEntry => {
@@ -395,6 +397,27 @@ impl<E: Env> ReplicaInner<E> {
         applied.membership.membership().voter_ids().eq([self.descriptor.replica.0])
     }
 
+    /// What an earlier opening could not read may be readable to this one (a path that was flapping):
+    /// but that one has cut the log, and what the log says is not what was acknowledged.
+    fn replay_suspicion(&self, point: &LogPointV1) {
+        if point.suspect.is_some() {
+            self.marked.set(point.suspect);
+        }
+        if point.cleared {
+            self.marked.set(None);
+        }
+    }
+
+    /// A suspicion of an earlier opening that was never cleared, beside what this one has found.
+    fn take_marked(&self) {
+        let Some(SuspectV1 { vote_lost, term }) = self.marked.take() else { return };
+        self.suspect();
+        if let Health::Suspect { vote_lost: lost, term: known } = &mut *self.health.borrow_mut() {
+            *lost |= vote_lost;
+            *known = term.max(*known);
+        }
+    }
+
     /// May have lost something that it acknowledged.
     pub(crate) fn suspect(&self) {
         let mut health = self.health.borrow_mut();
@@ -448,13 +471,19 @@ impl<E: Env> ReplicaInner<E> {
         Ok(())
     }
 
-    /// Says where the log ends now, if records were lost: to the next opening, what this one left
-    /// out must not look as if it were between what is here and what comes.
+    /// Says where the log ends now, if records were lost, and that the replica is suspect for it: to
+    /// the next opening, what this one left out must not look as if it were between what is here and
+    /// what comes, nor this log as if it were all that was acknowledged.
     fn mark_end(&self) -> Result<(), OpenPoolError> {
         if !self.parted.replace(false) {
             return Ok(());
         }
-        let body = LogPointV1 { id: self.log.borrow().last().map(Into::into) }.encode_to_vec();
+        let suspect = match *self.health.borrow() {
+            Health::Good => None,
+            Health::Suspect { vote_lost, term } => Some(SuspectV1 { vote_lost, term }),
+        };
+        let end = LogPointV1::of(self.log.borrow().last());
+        let body = LogPointV1 { suspect, ..end }.encode_to_vec();
         let marked = self.append(SpaceClass::Control, RecordKind::Truncate, &body, None, &[]);
         marked.map(|_| ()).map_err(|error| refused(self, &format!("end of the log: {error}")))
     }

@@ -14,6 +14,7 @@ use crate::pool::map_io::MapIo;
 use crate::pool::shared::Shared;
 use crate::pool::{PoolFailure, ReplicaDescriptor};
 use crate::replica::resync::ResyncState;
+use crate::replica::saved::SuspectV1;
 use crate::replica::{Health, Restored};
 use crate::stream::{AppendError, Appended, RecordHead, RecordKind, SpaceClass, StreamId};
 use crate::types::{LogId, StoredMembership};
@@ -55,6 +56,8 @@ pub(crate) struct ReplicaInner<E: Env> {
     /// While the pool is opened: records were lost, and those behind them are not known to go on
     /// where the log ends. What was between may have taken entries out of it and put others in.
     pub parted: Cell<bool>,
+    /// While records are replayed: a suspicion of an earlier opening.
+    pub marked: Cell<Option<SuspectV1>>,
     pub dropped: Cell<bool>,
     /// The extent map could not be loaded; the one here is empty.
     pub map_lost: Cell<bool>,
@@ -110,6 +113,7 @@ impl<E: Env> ReplicaInner<E> {
             state_is_restored: Cell::new(true),
             health: RefCell::new(Health::Good),
             parted: Cell::new(false),
+            marked: Cell::new(None),
             dropped: Cell::new(false),
             map_lost: Cell::new(false),
             mixed_upto: Cell::new(Sequence(0)),

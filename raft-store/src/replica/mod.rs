@@ -92,7 +92,8 @@ impl<E: Env> Replica<E> {
     }
 
     /// Makes a suspect good again: `term` is the term of a leader that has brought its log up,
-    /// `commit` that leader's commit index. Kept by the next checkpoint.
+    /// `commit` that leader's commit index. A record says so; without it, after a crash, the replica
+    /// is suspect again.
     ///
     /// # Errors
     /// [`ClearSuspectError`]; it stays suspect.
@@ -113,6 +114,7 @@ impl<E: Env> Replica<E> {
             return Err(ClearSuspectError::Behind { durable, commit });
         }
         *health = Health::Good;
+        self.inner.append_cleared();
         Ok(())
     }
 

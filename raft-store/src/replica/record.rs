@@ -10,6 +10,7 @@ use prost::Message;
 use crate::entry::{DecodeEntryError, decode_membership, encode_membership};
 use crate::format::vote_slot::SlotNumber;
 use crate::pool::ReplicaDescriptor;
+use crate::replica::saved::SuspectV1;
 use crate::types::{LogId, StoredMembership, Vote, log_id, term_of};
 
 /// A log id, or none: an index alone can't say "none".
@@ -38,6 +39,19 @@ impl From<LogIdV1> for LogId {
 pub(crate) struct LogPointV1 {
     #[prost(message, optional, tag = "1")]
     pub id: Option<LogIdV1>,
+    /// Of a truncation that opening wrote, because it could not read all that was in the log: the
+    /// replica is suspect, also when the next opening can read it again.
+    #[prost(message, optional, tag = "2")]
+    pub suspect: Option<SuspectV1>,
+    /// A leader of a newer term has brought the log up since: it is suspect no more.
+    #[prost(bool, tag = "3")]
+    pub cleared: bool,
+}
+
+impl LogPointV1 {
+    pub(crate) fn of(id: Option<LogId>) -> Self {
+        Self { id: id.map(Into::into), ..Self::default() }
+    }
 }
 
 /// Body of `Vote`, and of a vote slot.
@@ -214,8 +228,8 @@ mod tests {
 
     #[test]
     fn no_log_id_is_not_index_zero() {
-        let zero = LogPointV1 { id: Some(log_id(0, 0).into()) }.encode_to_vec();
-        let none = LogPointV1 { id: None }.encode_to_vec();
+        let zero = LogPointV1::of(Some(log_id(0, 0))).encode_to_vec();
+        let none = LogPointV1::of(None).encode_to_vec();
         assert!(LogPointV1::decode(&zero[..]).unwrap().id.is_some());
         assert!(LogPointV1::decode(&none[..]).unwrap().id.is_none());
     }

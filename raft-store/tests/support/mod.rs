@@ -81,6 +81,11 @@ impl Image {
         self.unreadable.insert(block, ());
     }
 
+    /// It can be read again, and is what it was.
+    pub fn make_readable(&mut self, block: u64) {
+        self.unreadable.remove(&block);
+    }
+
     /// Whether a block was ever written.
     pub fn is_written(&self, block: u64) -> bool {
         self.blocks.contains_key(&block)
