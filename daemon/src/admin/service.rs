@@ -200,7 +200,7 @@ impl Admin for Service {
         request: Request<api::ResizeVolumeRequest>,
     ) -> Result<Response<api::ResizeVolumeResponse>, Status> {
         let request = request.into_inner();
-        let shard = self.shard_of(&request.volume).await?;
+        let (_, shard) = self.volume_at(&request.volume).await?;
         let grown = shard.ask(|node| volumes::resize(node, request)).await;
         let volume = grown.map_err(unavailable)??;
         let volume = Some(self.picture().await?.volume(&volume));
