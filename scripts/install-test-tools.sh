@@ -21,6 +21,9 @@ bench_packages=(ceph-mon ceph-mgr ceph-osd ceph-common nbd-server linux-perf pyt
 # its advisory fetcher's defaults: one minute on two cores, and it still answers in a second.
 cargo_deny=0.20.2
 
+# The conformance tests of CSI drivers, built from the Go module proxy.
+csi_sanity=v5.4.0
+
 log() { printf 'install-test-tools: %s\n' "$*"; }
 
 missing_packages() {
@@ -58,9 +61,10 @@ install_cargo_deny() {
         --version "$cargo_deny" cargo-deny
 }
 
-# Reads the manifests by Kubernetes' own types (deploy/check). Debian 12 has an older one.
+# Reads the manifests by Kubernetes' own types (deploy/check), builds csi-sanity. Debian 12 has an
+# older one.
 find_go() {
-    local go minor
+    local minor
     go=$(command -v go || echo /usr/local/go/bin/go)
     minor=$("$go" env GOVERSION 2>/dev/null | sed -n 's/^go1\.\([0-9]*\).*/\1/p') || true
     ((${minor:-0} >= 25)) && return
@@ -68,8 +72,18 @@ find_go() {
     exit 1
 }
 
+install_csi_sanity() {
+    local module=github.com/kubernetes-csi/csi-test/v5 there=/usr/local/bin/csi-sanity
+    # The line of the module itself: mod, path, version, sum.
+    [[ ! -x $there ]] || [[ $("$go" version -m "$there" 2>/dev/null |
+        awk -v m="$module" '$1 == "mod" && $2 == m { print $3 }') != "$csi_sanity" ]] || return 0
+    log "building csi-sanity $csi_sanity"
+    GOBIN=${there%/*} GOFLAGS=-mod=mod "$go" install "$module/cmd/csi-sanity@$csi_sanity"
+}
+
 [[ ${1:-} != --bench ]] || packages+=("${bench_packages[@]}")
 cd / # away from the project's toolchain file
 install_packages "${packages[@]}"
 install_cargo_deny
 find_go
+install_csi_sanity

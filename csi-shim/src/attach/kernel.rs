@@ -1,0 +1,350 @@
+//! The kernel's NBD client, configured over netlink.
+//!
+//! The handshake is ours, the socket then the kernel's: it needs this process no more until the
+//! connection is lost. Then requests wait (`DEAD_CONNECTION`), and the watcher here gives the kernel a
+//! connection to another server. What is attached is told by each device's `backend` in /sys.
+
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use nix::errno::Errno;
+
+use super::{Attacher, Attachment, State};
+use crate::context::Address;
+use crate::host::netlink::{self, Family, attribute, nested};
+use crate::host::{HostError, disks, files, poll, within};
+use crate::link::nbd::{self, ConnectError, Export};
+
+const FAMILY: &str = "nbd";
+const NOTICES: &str = "nbd_mc_group";
+const CONNECT: u8 = 1;
+const DISCONNECT: u8 = 2;
+const RECONFIGURE: u8 = 3;
+const LINK_DEAD: u8 = 4;
+const INDEX: u16 = 1;
+const SIZE_BYTES: u16 = 2;
+const BLOCK_SIZE_BYTES: u16 = 3;
+const TIMEOUT: u16 = 4;
+const SERVER_FLAGS: u16 = 5;
+const SOCKETS: u16 = 7;
+const DEAD_CONNECTION_TIMEOUT: u16 = 8;
+const BACKEND: u16 = 10;
+const SOCKET_ITEM: u16 = 1;
+const SOCKET_FD: u16 = 1;
+
+/// Seconds without a connection after which requests fail: longer than any repair that a pod should
+/// survive, short enough that a host which lost its cluster for good can be emptied.
+const DEAD_CONNECTION: u64 = 600;
+
+/// Seconds without an answer after which a connection counts as lost, and its requests are asked
+/// again elsewhere: longer than a server waits for a quorum before it says so.
+const REQUEST: u64 = 40;
+
+/// How long all servers together may take to open the export.
+const OPEN_TIME: Duration = Duration::from_secs(20);
+
+/// How long the kernel may take to take over, or let go of, a device.
+const DEVICE_TIME: Duration = Duration::from_secs(20);
+
+/// How long a block may take to be read from a server that is well.
+const ANSWER_TIME: Duration = Duration::from_secs(3);
+
+const BLOCK: u64 = 4096;
+
+/// Devices of the kernel.
+#[derive(Debug)]
+pub struct KernelAttacher {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// Where the addresses of attachments lie, for a watcher of a later life.
+    folder: PathBuf,
+    /// One change of connections at a time: two would tear each other's.
+    changing: Mutex<()>,
+}
+
+/// Whether this kernel has the client.
+pub fn is_there() -> bool {
+    Path::new("/sys/module/nbd").exists() && Family::open(FAMILY).is_ok()
+}
+
+impl KernelAttacher {
+    /// Keeps its files below `folder`, and watches over connections until the process ends.
+    ///
+    /// # Errors
+    /// When the kernel has no NBD client.
+    pub fn new(folder: &Path) -> Result<KernelAttacher, HostError> {
+        let folder = folder.join("attach");
+        files::make_folder(&folder)?;
+        let none = |error: Errno| {
+            HostError::Unexpected(format!(
+                "the kernel's NBD client is not there ({error}): `modprobe nbd`, or use --nbd fuse"
+            ))
+        };
+        let notices =
+            Family::open(FAMILY).and_then(|family| family.listen(NOTICES)).map_err(none)?;
+        let shared = Arc::new(Shared { folder, changing: Mutex::new(()) });
+        let watcher = Arc::clone(&shared);
+        std::thread::spawn(move || watcher.watch(&notices));
+        Ok(KernelAttacher { shared })
+    }
+}
+
+/// What `backend` says of a device of ours.
+fn backend(attachment: &Attachment) -> String {
+    format!("ballast/{}/{}", attachment.volume_id, attachment.export)
+}
+
+/// The devices that the kernel has, with what their `backend` says.
+fn devices() -> Vec<(u32, String)> {
+    let entries = std::fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let device = |entry: std::fs::DirEntry| {
+        let number = entry.file_name().to_str()?.strip_prefix("nbd")?.parse().ok()?;
+        let backend = std::fs::read_to_string(entry.path().join("backend")).ok()?;
+        // Only a connected device has a pid.
+        entry.path().join("pid").exists().then(|| (number, backend.trim().to_owned()))
+    };
+    let mut found: Vec<(u32, String)> = entries.filter_map(device).collect();
+    found.sort();
+    found
+}
+
+fn path_of(index: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/nbd{index}"))
+}
+
+fn open_anywhere(attachment: &Attachment) -> Result<Export, HostError> {
+    let failed = |error: ConnectError| HostError::Unexpected(error.to_string());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| HostError::Unexpected(error.to_string()))?;
+    let start = std::time::Instant::now();
+    loop {
+        let mut last = None;
+        for address in &attachment.addresses {
+            match runtime.block_on(nbd::connect(address, &attachment.export)) {
+                Ok(export) => return Ok(export),
+                Err(error @ ConnectError::Refused { for_good: true, .. }) => {
+                    return Err(failed(error));
+                }
+                Err(error) => last = Some(error),
+            }
+        }
+        if start.elapsed() > OPEN_TIME {
+            let none = || HostError::Unexpected("no NBD address is known".to_owned());
+            return Err(last.map_or_else(none, failed));
+        }
+        std::thread::sleep(Duration::from_millis(300));
+    }
+}
+
+/// The attributes that hand a socket over. The kernel takes a reference of its own.
+fn socket_attributes(export: &Export) -> Vec<u8> {
+    let descriptor = export.stream.as_raw_fd() as u32;
+    let item = attribute(SOCKET_FD, &descriptor.to_le_bytes());
+    nested(SOCKETS, &nested(SOCKET_ITEM, &item))
+}
+
+fn number(kind: u16, value: u64) -> Vec<u8> {
+    attribute(kind, &value.to_le_bytes())
+}
+
+fn refused(what: &str) -> impl FnOnce(Errno) -> HostError {
+    let what = what.to_owned();
+    move |error| {
+        HostError::Unexpected(format!("the kernel's NBD client refuses to {what} ({error})"))
+    }
+}
+
+impl Shared {
+    fn connect(&self, attachment: &Attachment) -> Result<u32, HostError> {
+        let export = open_anywhere(attachment)?;
+        let backend = format!("{}\0", backend(attachment));
+        let request = [
+            number(SIZE_BYTES, export.size),
+            number(BLOCK_SIZE_BYTES, BLOCK),
+            number(TIMEOUT, REQUEST),
+            number(DEAD_CONNECTION_TIMEOUT, DEAD_CONNECTION),
+            number(SERVER_FLAGS, u64::from(export.flags)),
+            attribute(BACKEND, backend.as_bytes()),
+            socket_attributes(&export),
+        ]
+        .concat();
+        let mut family = Family::open(FAMILY).map_err(refused("be asked"))?;
+        let answer = family.ask(CONNECT, &request).map_err(refused("connect"))?;
+        let index = netlink::find(&answer, INDEX).and_then(|index| index.try_into().ok());
+        index.map(u32::from_le_bytes).ok_or_else(|| refused("name its device")(Errno::EPROTO))
+    }
+
+    /// Gives the kernel a new connection in the place of the one that it had. Opening the export
+    /// under the same lease ends the old one at the server, if it was still there.
+    fn reconnect(&self, index: u32, attachment: &Attachment) -> Result<u64, HostError> {
+        let export = open_anywhere(attachment)?;
+        let backend = format!("{}\0", backend(attachment));
+        let request = [
+            attribute(INDEX, &index.to_le_bytes()),
+            number(SIZE_BYTES, export.size),
+            attribute(BACKEND, backend.as_bytes()),
+            socket_attributes(&export),
+        ]
+        .concat();
+        // The kernel takes a socket only in the place of one that it knows to be lost, and says yes
+        // either way: what counts is that the device answers.
+        let device = path_of(index);
+        let answers = poll(DEVICE_TIME, || {
+            let mut family = Family::open(FAMILY).ok()?;
+            family.ask(RECONFIGURE, &request).ok()?;
+            can_be_read(&device, ANSWER_TIME).then_some(())
+        });
+        answers.map(|()| export.size).ok_or_else(|| HostError::Slow {
+            what: format!("the new connection of {}", device.display()),
+            after: DEVICE_TIME,
+        })
+    }
+
+    fn watch(&self, notices: &netlink::Notices) {
+        for (index, backend) in devices() {
+            self.repair(index, &backend);
+        }
+        loop {
+            let notices = match notices.next() {
+                Ok(notices) => notices,
+                // Some were lost: look at all.
+                Err(Errno::ENOBUFS) => devices().iter().map(|(index, _)| dead(*index)).collect(),
+                Err(_) => continue,
+            };
+            for (_, attributes) in notices.iter().filter(|(command, _)| *command == LINK_DEAD) {
+                let index = netlink::find(attributes, INDEX).and_then(|it| it.try_into().ok());
+                let Some(index) = index.map(u32::from_le_bytes) else { continue };
+                if let Some((_, backend)) = devices().into_iter().find(|(it, _)| *it == index) {
+                    self.repair(index, &backend);
+                }
+            }
+        }
+    }
+
+    fn repair(&self, index: u32, backend: &str) {
+        let Some((volume_id, export)) =
+            backend.strip_prefix("ballast/").and_then(|rest| rest.split_once('/'))
+        else {
+            return;
+        };
+        let _one = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        if can_be_read(&path_of(index), ANSWER_TIME) {
+            return;
+        }
+        tracing::warn!(index, export, "connection lost: looking for a server");
+        let attachment = Attachment {
+            volume_id: volume_id.to_owned(),
+            export: export.to_owned(),
+            addresses: self.addresses(volume_id),
+            read_only: export.contains("@ro"),
+        };
+        match self.reconnect(index, &attachment) {
+            Ok(_) => tracing::info!(index, export, "connected again"),
+            Err(error) => tracing::error!(index, export, %error, "not connected"),
+        }
+    }
+
+    fn addresses(&self, volume_id: &str) -> Vec<Address> {
+        let text = std::fs::read_to_string(self.folder.join(volume_id)).unwrap_or_default();
+        crate::context::parse_addresses(&text).unwrap_or_default()
+    }
+
+    fn keep_addresses(&self, attachment: &Attachment) -> Result<(), HostError> {
+        let addresses: Vec<&str> = attachment.addresses.iter().map(Address::as_str).collect();
+        let path = self.folder.join(&attachment.volume_id);
+        files::write_atomically(&path, addresses.join(",").as_bytes())
+    }
+}
+
+/// A notice that nobody sent.
+fn dead(index: u32) -> (u8, Vec<u8>) {
+    (LINK_DEAD, attribute(INDEX, &index.to_le_bytes()))
+}
+
+fn can_be_read(device: &Path, time: Duration) -> bool {
+    let device = device.to_owned();
+    within("reading the device", time, move || disks::read_past_caches(&device)).unwrap_or(false)
+}
+
+impl Attacher for KernelAttacher {
+    fn name(&self) -> &'static str {
+        "kernel"
+    }
+
+    fn state(&self, attachment: &Attachment) -> Result<State, HostError> {
+        let of_volume = format!("ballast/{}/", attachment.volume_id);
+        let found = devices().into_iter().find(|(_, backend)| backend.starts_with(&of_volume));
+        Ok(match found {
+            None => State::None,
+            Some((index, it)) if it == backend(attachment) => State::Attached(path_of(index)),
+            Some(_) => State::Broken,
+        })
+    }
+
+    fn attach(&self, attachment: &Attachment) -> Result<PathBuf, HostError> {
+        match self.state(attachment)? {
+            State::Attached(device) if can_be_read(&device, DEVICE_TIME) => return Ok(device),
+            State::None => {}
+            _ => self.detach(attachment)?,
+        }
+        self.shared.keep_addresses(attachment)?;
+        let device = path_of(self.shared.connect(attachment)?);
+        // The node in /dev and its size come a moment later.
+        let there = || can_be_read(&device, ANSWER_TIME).then_some(());
+        poll(DEVICE_TIME, there).map(|()| device.clone()).ok_or_else(|| HostError::Slow {
+            what: format!("the device {}", device.display()),
+            after: DEVICE_TIME,
+        })
+    }
+
+    fn grow(&self, attachment: &Attachment, at_least: u64) -> Result<u64, HostError> {
+        let of_device = backend(attachment);
+        let device = devices().into_iter().find(|(_, backend)| *backend == of_device);
+        let missing = || HostError::Unexpected(format!("{} is not attached", attachment.export));
+        let (index, _) = device.ok_or_else(missing)?;
+        if disks::size(&path_of(index))? < at_least {
+            let _one = self.shared.changing.lock().unwrap_or_else(PoisonError::into_inner);
+            self.shared.reconnect(index, attachment)?;
+        }
+        let grown = || disks::size(&path_of(index)).ok().filter(|size| *size >= at_least);
+        poll(DEVICE_TIME, grown).ok_or_else(|| HostError::Slow {
+            what: format!("the growth of {}", path_of(index).display()),
+            after: DEVICE_TIME,
+        })
+    }
+
+    fn answers(&self, attachment: &Attachment, time: Duration) -> bool {
+        match self.state(attachment) {
+            Ok(State::Attached(device)) => can_be_read(&device, time),
+            _ => false,
+        }
+    }
+
+    fn abort(&self, attachment: &Attachment) -> Result<(), HostError> {
+        let of_volume = format!("ballast/{}/", attachment.volume_id);
+        for (index, _) in devices().iter().filter(|(_, it)| it.starts_with(&of_volume)) {
+            let mut family = Family::open(FAMILY).map_err(refused("be asked"))?;
+            match family.ask(DISCONNECT, &attribute(INDEX, &index.to_le_bytes())) {
+                // Disconnected already.
+                Ok(_) | Err(Errno::EINVAL | Errno::ENODEV) => {}
+                Err(error) => return Err(refused("disconnect")(error)),
+            }
+        }
+        Ok(())
+    }
+
+    fn detach(&self, attachment: &Attachment) -> Result<(), HostError> {
+        self.abort(attachment)?;
+        let gone = || matches!(self.state(attachment), Ok(State::None)).then_some(());
+        poll(DEVICE_TIME, gone).ok_or_else(|| HostError::Slow {
+            what: format!("the disconnection of {}", attachment.export),
+            after: DEVICE_TIME,
+        })?;
+        files::remove(&self.shared.folder.join(&attachment.volume_id))
+    }
+}

@@ -1,0 +1,151 @@
+//! ControllerPublishVolume and ControllerUnpublishVolume: leases.
+//!
+//! A lease is granted when the volume's replicas fence by it: from then on a holder that lost it can
+//! write nothing more. What the node needs to attach goes into the publish context.
+
+use std::collections::BTreeMap;
+
+use ballast_api::{Client, v1 as api};
+
+use super::{ControllerService, Hosts};
+use crate::cluster::Asking;
+use crate::context::{Address, PublishContext};
+use crate::error::{Refusal, required};
+use crate::modes;
+use crate::v1::{
+    ControllerPublishVolumeRequest, ControllerPublishVolumeResponse,
+    ControllerUnpublishVolumeRequest, ControllerUnpublishVolumeResponse,
+};
+
+impl ControllerService {
+    /// Takes a lease for the host.
+    pub(super) async fn publish(
+        &self,
+        asking: &Asking,
+        request: &ControllerPublishVolumeRequest,
+    ) -> Result<ControllerPublishVolumeResponse, Refusal> {
+        let id = required("volume_id", &request.volume_id)?;
+        let host = required("node_id", &request.node_id)?;
+        let wanted = modes::parse(request.volume_capability.as_ref())?;
+        let _held = self.locks.hold(id)?;
+        let (_, replicas) = asking.volume(id).await?;
+        let list =
+            |client: Client| async move { client.list_nodes(api::ListNodesRequest {}).await };
+        let nodes = asking.ask(list).await?.nodes;
+        self.check_host(host, &nodes)?;
+        let acquire = api::AcquireLeaseRequest {
+            volume: id.to_owned(),
+            host: host.to_owned(),
+            mode: wanted.lease as i32,
+            read_only: wanted.read_only || request.readonly,
+            force: false,
+            reason: String::new(),
+        };
+        let take = |client: Client| {
+            let acquire = acquire.clone();
+            async move { client.acquire_lease(acquire).await }
+        };
+        let answer = asking.ask(take).await?;
+        let lease = answer.lease.ok_or(Refusal::AnswerIncomplete("lease"))?;
+        let volume = answer.volume.ok_or(Refusal::AnswerIncomplete("volume"))?;
+        let context = PublishContext {
+            volume: volume.name.clone(),
+            epoch: lease.epoch,
+            mode: lease.mode(),
+            read_only: lease.read_only,
+            addresses: addresses(host, volume.leader_node, &replicas, &nodes, self.nbd_port),
+        };
+        Ok(ControllerPublishVolumeResponse { publish_context: context.to_map() })
+    }
+
+    fn check_host(&self, host: &str, nodes: &[api::Node]) -> Result<(), Refusal> {
+        let known = match &self.hosts {
+            Hosts::Any => true,
+            Hosts::Known(more) => more.contains(host) || nodes.iter().any(|n| n.name == host),
+        };
+        if known { Ok(()) } else { Err(Refusal::HostUnknown(host.to_owned())) }
+    }
+
+    /// Gives the host's lease back, or all of the volume's when no host is named.
+    pub(super) async fn unpublish(
+        &self,
+        asking: &Asking,
+        request: &ControllerUnpublishVolumeRequest,
+    ) -> Result<ControllerUnpublishVolumeResponse, Refusal> {
+        let id = required("volume_id", &request.volume_id)?;
+        let _held = self.locks.hold(id)?;
+        let volume = match asking.volume(id).await {
+            // What is gone is published nowhere.
+            Err(Refusal::VolumeUnknown(_)) => return Ok(ControllerUnpublishVolumeResponse {}),
+            found => found?.0,
+        };
+        let hosts: Vec<String> = match request.node_id.as_str() {
+            "" => volume.leases.into_iter().map(|lease| lease.host).collect(),
+            host => vec![host.to_owned()],
+        };
+        for host in hosts {
+            let request = api::ReleaseLeaseRequest { volume: id.to_owned(), host, epoch: 0 };
+            let release = |client: Client| {
+                let request = request.clone();
+                async move { client.release_lease(request).await }
+            };
+            asking.ask(release).await?;
+        }
+        Ok(ControllerUnpublishVolumeResponse {})
+    }
+}
+
+/// Where the volume is served, the best first: on the host itself, by its leader, by its other
+/// replicas, by the rest. A node tells its peers where it is, and serves NBD there too.
+fn addresses(
+    host: &str,
+    leader: u32,
+    replicas: &[api::Replica],
+    nodes: &[api::Node],
+    nbd_port: u16,
+) -> Vec<Address> {
+    let mut ranked = BTreeMap::new();
+    for node in nodes {
+        let Some((name, _)) = node.peer_address.rsplit_once(':') else { continue };
+        let Ok(address) = Address::parse(&format!("{name}:{nbd_port}")) else { continue };
+        let rank = if node.name == host {
+            0
+        } else if node.id == leader {
+            1
+        } else if replicas.iter().any(|replica| replica.node == node.id) {
+            2
+        } else {
+            3
+        };
+        ranked.insert((rank, node.id), address);
+    }
+    ranked.into_values().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nearest_address_comes_first_and_nodes_without_one_not_at_all() {
+        let node = |id: u32, name: &str, peer_address: &str| api::Node {
+            id,
+            name: name.to_owned(),
+            peer_address: peer_address.to_owned(),
+            ..Default::default()
+        };
+        let nodes = [
+            node(1, "a", "10.0.0.1:7500"),
+            node(2, "b", "10.0.0.2:7500"),
+            node(3, "c", ""),
+            node(4, "d", "10.0.0.4:7500"),
+            node(5, "e", "[fd00::5]:7500"),
+        ];
+        let replica = |node| api::Replica { node, ..Default::default() };
+        let replicas = [replica(2), replica(3), replica(4)];
+        let order: Vec<String> =
+            addresses("e", 4, &replicas, &nodes, 10809).iter().map(Address::to_string).collect();
+        let expected = ["[fd00::5]:10809", "10.0.0.4:10809", "10.0.0.2:10809", "10.0.0.1:10809"];
+        assert_eq!(order, expected);
+    }
+}

@@ -1,0 +1,120 @@
+//! NodeStageVolume: attach, format once, mount.
+//!
+//! Each step looks first whether it is done, so that the call can be repeated after a death between
+//! any two of them.
+
+use std::path::Path;
+
+use super::record::{Record, Staging};
+use super::{Worker, content, known_id, path};
+use crate::attach::State;
+use crate::cluster::Asking;
+use crate::context::PublishContext;
+use crate::error::{Refusal, required};
+use crate::host::{files, mounts};
+use crate::modes::{self, Access, FILE_SYSTEMS};
+use crate::parameters;
+use crate::v1::{NodeStageVolumeRequest, NodeStageVolumeResponse};
+
+impl Worker {
+    /// Makes the volume a device of this host, and mounts it at the staging path.
+    pub(super) fn stage(
+        &self,
+        asking: &Asking,
+        request: &NodeStageVolumeRequest,
+    ) -> Result<NodeStageVolumeResponse, Refusal> {
+        let id = required("volume_id", &request.volume_id)?;
+        let staging = path("staging_target_path", &request.staging_target_path)?;
+        let wanted = modes::parse(request.volume_capability.as_ref())?;
+        let id = known_id(id)?;
+        let context = PublishContext::parse(&request.publish_context)?;
+        let fs_type = file_system(&wanted.access, request)?;
+        let mut addresses = self.addresses.clone();
+        addresses
+            .extend(context.addresses.iter().filter(|it| !self.addresses.contains(it)).cloned());
+        if addresses.is_empty() {
+            return Err(Refusal::AddressMissing);
+        }
+        let (access, staging) = (&wanted.access, staging.as_path());
+        let record = Record::new(Staging {
+            volume_id: id,
+            context: &context,
+            addresses,
+            access,
+            fs_type,
+            staging,
+        });
+        let _held = self.hold(id)?;
+        let record = self.begin(record)?;
+        let device = self.attacher.attach(&record.attachment())?;
+        if record.block {
+            content::ensure_raw(asking, &record)?;
+        } else {
+            self.mount(asking, &record, &device)?;
+        }
+        Ok(NodeStageVolumeResponse {})
+    }
+
+    /// Writes the record of what is about to be done; what an earlier life recorded must agree.
+    fn begin(&self, mut record: Record) -> Result<Record, Refusal> {
+        if let Some(before) = self.records.read(&record.volume_id)? {
+            if !before.same_use(&record) {
+                return Err(Refusal::StagedDiffers(record.volume_id));
+            }
+            if before.epoch > record.epoch {
+                return Err(Refusal::LeaseOld { volume: record.volume_id, epoch: record.epoch });
+            }
+            if before.epoch < record.epoch {
+                // The lease was given back and taken again: what was attached under it is fenced.
+                self.refuse_in_use(&before)?;
+                self.take_down(&before)?;
+            } else {
+                record.published = before.published;
+            }
+        }
+        self.records.write(&record)?;
+        Ok(record)
+    }
+
+    fn mount(&self, asking: &Asking, record: &Record, device: &Path) -> Result<(), Refusal> {
+        if let Some(mounted) = mounts::at(&record.staging)? {
+            if mounted.device == mounts::device_numbers(device)? {
+                return Ok(());
+            }
+            // A mount of a device that is gone: of this volume's former attachment, as the path says.
+            tracing::warn!(path = %record.staging.display(), "a dead mount is taken away");
+            mounts::unmount_lazily(&record.staging)?;
+        }
+        content::ensure(asking, record, device)?;
+        files::make_folder(&record.staging)?;
+        let mut options = record.flags.clone();
+        if record.read_only {
+            options.push("ro".to_owned());
+            // Nobody else writes either, and a device that can't be written has its journal unread.
+            let unread = if record.fs_type == "xfs" { "norecovery" } else { "noload" };
+            options.push(unread.to_owned());
+        }
+        mounts::mount_device(device, &record.staging, &record.fs_type, &options)?;
+        Ok(())
+    }
+
+    /// The device of a staged volume.
+    pub(super) fn device(&self, record: &Record) -> Result<std::path::PathBuf, Refusal> {
+        match self.attacher.state(&record.attachment())? {
+            State::Attached(device) => Ok(device),
+            State::None | State::Broken => Err(Refusal::NotStaged(record.volume_id.clone())),
+        }
+    }
+}
+
+/// The file system: as the capability says, or the StorageClass, or the first.
+fn file_system(access: &Access, request: &NodeStageVolumeRequest) -> Result<String, Refusal> {
+    let Access::Mount { fs_type, flags } = access else { return Ok(String::new()) };
+    if let Some(flag) = flags.iter().find(|flag| flag.contains(',') || flag.starts_with('-')) {
+        return Err(Refusal::FlagInvalid(flag.clone()));
+    }
+    let of_class = request.volume_context.get(parameters::FS_TYPE).map(String::as_str);
+    let named = [fs_type.as_str(), of_class.unwrap_or_default(), FILE_SYSTEMS[0]];
+    let chosen = named.into_iter().find(|name| !name.is_empty()).unwrap_or(FILE_SYSTEMS[0]);
+    Ok(modes::check_fs_type(chosen)?.to_owned())
+}

@@ -1,0 +1,362 @@
+//! `ballast-csi` beside a development cluster, and calls to it as an orchestrator makes them.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ballast_csi_shim::v1::controller_client::ControllerClient;
+use ballast_csi_shim::v1::node_client::NodeClient;
+use ballast_csi_shim::v1::volume_capability::access_mode::Mode;
+use ballast_csi_shim::v1::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
+use ballast_csi_shim::v1::*;
+use ballast_e2e::cluster::{Cluster, Options};
+use ballast_e2e::process::{self, Running};
+use ballast_e2e::scratch::{self, unmount_below};
+use ballast_e2e::wait::until_true;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
+
+/// The host that the driver says it is.
+pub const HOST: &str = "node-1";
+/// Bytes per MiB.
+pub const MIB: i64 = 1 << 20;
+
+/// A cluster and a driver.
+pub struct Csi {
+    driver: Option<Running>,
+    runtime: tokio::runtime::Runtime,
+    /// The cluster.
+    pub cluster: Cluster,
+    folder: PathBuf,
+}
+
+/// A volume with the ways that an orchestrator gives it.
+#[derive(Clone)]
+pub struct Used {
+    /// As CreateVolume told it.
+    pub volume: Volume,
+    /// How it is used.
+    pub capability: VolumeCapability,
+    /// As ControllerPublishVolume told it.
+    pub context: std::collections::BTreeMap<String, String>,
+    /// Where it is staged.
+    pub staging: String,
+}
+
+/// A file system, used in this mode.
+pub fn mounted(mode: Mode, fs_type: &str) -> VolumeCapability {
+    let mount = MountVolume { fs_type: fs_type.to_owned(), ..Default::default() };
+    let access_mode = Some(AccessMode { mode: mode as i32 });
+    VolumeCapability { access_type: Some(AccessType::Mount(mount)), access_mode }
+}
+
+/// A raw device, used in this mode.
+pub fn block(mode: Mode) -> VolumeCapability {
+    VolumeCapability { access_type: Some(AccessType::Block(BlockVolume {})), ..mounted(mode, "") }
+}
+
+impl Csi {
+    /// Starts three nodes and the driver.
+    #[track_caller]
+    pub fn start(test: &str) -> Csi {
+        let cluster = Cluster::with(test, &Options { volume_mib: 16, ..Options::default() });
+        let folder = cluster.scratch.path().join("csi");
+        std::fs::create_dir_all(&folder).expect("a folder can be made");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.expect("a runtime can be made");
+        let mut csi = Csi { driver: None, runtime, cluster, folder };
+        csi.start_driver();
+        csi
+    }
+
+    /// Starts the driver and waits until it answers.
+    #[track_caller]
+    pub fn start_driver(&mut self) {
+        let nodes = self.cluster.nodes();
+        let join = |texts: Vec<String>| texts.join(",");
+        let daemons = join(nodes.iter().map(|node| node.grpc.clone()).collect());
+        let nbd = |nbd: &str| nbd.trim_start_matches("nbd://").trim_end_matches('/').to_owned();
+        let addresses = join(nodes.iter().map(|node| nbd(&node.nbd)).collect());
+        let program = scratch::program("ballast-csi").display().to_string();
+        let (endpoint, state) = (self.endpoint(), self.file("state"));
+        let command = [
+            &program,
+            "--mode",
+            "all",
+            "--endpoint",
+            &endpoint,
+            "--ballast",
+            &daemons,
+            "--node-id",
+            HOST,
+            "--state-dir",
+            &state,
+            "--nbd",
+            "fuse",
+            "--nbd-address",
+            &addresses,
+        ];
+        let mut driver = Running::start(&self.folder.join("driver.log"), &command, false);
+        let socket = self.folder.join("csi.sock");
+        until_true("the driver's socket", 20, || {
+            assert!(driver.is_running(), "the driver ended: {}", driver.log());
+            std::os::unix::net::UnixStream::connect(&socket).is_ok()
+        });
+        self.driver = Some(driver);
+    }
+
+    /// Makes a call and kills the driver so long after its beginning; the call's own end, good or
+    /// bad, is of no interest.
+    pub fn kill_driver_during(
+        &mut self,
+        delay: Duration,
+        call: &dyn Fn(&Csi) -> Result<(), Status>,
+    ) {
+        let pid = self.driver().pid();
+        let killer = std::thread::spawn(move || {
+            std::thread::sleep(delay);
+            process::kill_and_wait(pid);
+        });
+        let _ = call(self);
+        killer.join().expect("the killer does not panic");
+        self.driver = None;
+    }
+
+    /// The driver's process.
+    pub fn driver(&mut self) -> &mut Running {
+        self.driver.as_mut().expect("the driver was started")
+    }
+
+    /// Its address.
+    pub fn endpoint(&self) -> String {
+        format!("unix://{}", self.file("csi.sock"))
+    }
+
+    /// A path in its folder.
+    pub fn file(&self, name: &str) -> String {
+        self.folder.join(name).display().to_string()
+    }
+
+    async fn channel(endpoint: &str) -> Result<Channel, Status> {
+        let endpoint = Endpoint::from_shared(endpoint.to_owned()).expect("a good address");
+        let endpoint = endpoint.timeout(Duration::from_secs(120));
+        endpoint.connect().await.map_err(|error| Status::unavailable(error.to_string()))
+    }
+
+    /// A call to the controller.
+    pub fn controller<T>(
+        &self,
+        call: impl AsyncFnOnce(ControllerClient<Channel>) -> Result<tonic::Response<T>, Status>,
+    ) -> Result<T, Status> {
+        let endpoint = self.endpoint();
+        self.runtime.block_on(async {
+            let client = ControllerClient::new(Csi::channel(&endpoint).await?);
+            call(client).await.map(tonic::Response::into_inner)
+        })
+    }
+
+    /// A call to the node.
+    pub fn node<T>(
+        &self,
+        call: impl AsyncFnOnce(NodeClient<Channel>) -> Result<tonic::Response<T>, Status>,
+    ) -> Result<T, Status> {
+        let endpoint = self.endpoint();
+        self.runtime.block_on(async {
+            let client = NodeClient::new(Csi::channel(&endpoint).await?);
+            call(client).await.map(tonic::Response::into_inner)
+        })
+    }
+
+    /// Creates a volume and publishes it to this host.
+    #[track_caller]
+    pub fn create(&self, name: &str, mib: i64, capability: VolumeCapability) -> Used {
+        let request = CreateVolumeRequest {
+            name: name.to_owned(),
+            capacity_range: Some(CapacityRange { required_bytes: mib * MIB, limit_bytes: 0 }),
+            volume_capabilities: vec![capability.clone()],
+            ..Default::default()
+        };
+        let created = self.controller(async |mut it| it.create_volume(request).await);
+        let volume = created.expect("the volume is created").volume.expect("a volume");
+        let staging = self.file(&format!("{name}.staging"));
+        let mut used = Used { volume, capability, context: Default::default(), staging };
+        std::fs::create_dir_all(&used.staging).expect("a folder can be made");
+        used.context = self.attach(&used).expect("it is published");
+        used
+    }
+
+    /// Publishes to this host.
+    pub fn attach(
+        &self,
+        used: &Used,
+    ) -> Result<std::collections::BTreeMap<String, String>, Status> {
+        let request = ControllerPublishVolumeRequest {
+            volume_id: used.volume.volume_id.clone(),
+            node_id: HOST.to_owned(),
+            volume_capability: Some(used.capability.clone()),
+            ..Default::default()
+        };
+        let answer = self.controller(async |mut it| it.controller_publish_volume(request).await);
+        answer.map(|answer| answer.publish_context)
+    }
+
+    /// Stages.
+    pub fn stage(&self, used: &Used) -> Result<(), Status> {
+        let request = stage_request(used);
+        self.node(async |mut it| it.node_stage_volume(request).await).map(drop)
+    }
+
+    /// Publishes at a path of this name.
+    pub fn publish(&self, used: &Used, target: &str) -> Result<String, Status> {
+        let target = self.file(target);
+        let request = NodePublishVolumeRequest {
+            volume_id: used.volume.volume_id.clone(),
+            publish_context: used.context.clone(),
+            staging_target_path: used.staging.clone(),
+            target_path: target.clone(),
+            volume_capability: Some(used.capability.clone()),
+            ..Default::default()
+        };
+        self.node(async |mut it| it.node_publish_volume(request).await).map(|_| target)
+    }
+
+    /// Unpublishes from a path of this name.
+    pub fn unpublish(&self, used: &Used, target: &str) -> Result<(), Status> {
+        let volume_id = used.volume.volume_id.clone();
+        let request = NodeUnpublishVolumeRequest { volume_id, target_path: self.file(target) };
+        self.node(async |mut it| it.node_unpublish_volume(request).await).map(drop)
+    }
+
+    /// Unstages.
+    pub fn unstage(&self, used: &Used) -> Result<(), Status> {
+        let request = NodeUnstageVolumeRequest {
+            volume_id: used.volume.volume_id.clone(),
+            staging_target_path: used.staging.clone(),
+        };
+        self.node(async |mut it| it.node_unstage_volume(request).await).map(drop)
+    }
+
+    /// Gives the lease back.
+    pub fn release(&self, used: &Used) -> Result<(), Status> {
+        let request = ControllerUnpublishVolumeRequest {
+            volume_id: used.volume.volume_id.clone(),
+            node_id: HOST.to_owned(),
+            ..Default::default()
+        };
+        self.controller(async |mut it| it.controller_unpublish_volume(request).await).map(drop)
+    }
+
+    /// Deletes.
+    pub fn delete(&self, used: &Used) -> Result<(), Status> {
+        let volume_id = used.volume.volume_id.clone();
+        let request = DeleteVolumeRequest { volume_id, ..Default::default() };
+        self.controller(async |mut it| it.delete_volume(request).await).map(drop)
+    }
+
+    /// Unstages, gives back and deletes.
+    #[track_caller]
+    pub fn finish(&self, used: &Used) {
+        self.unstage(used).expect("it is unstaged");
+        self.release(used).expect("the lease is given back");
+        self.delete(used).expect("it is deleted");
+    }
+
+    /// Grows a volume in the cluster and on this host, and returns its size.
+    #[track_caller]
+    pub fn expand(&self, used: &Used, mib: i64, path: &str) -> i64 {
+        let range = Some(CapacityRange { required_bytes: mib * MIB, limit_bytes: 0 });
+        let request = ControllerExpandVolumeRequest {
+            volume_id: used.volume.volume_id.clone(),
+            capacity_range: range,
+            volume_capability: Some(used.capability.clone()),
+            ..Default::default()
+        };
+        let grown = self.controller(async |mut it| it.controller_expand_volume(request).await);
+        assert!(grown.expect("the volume grows").node_expansion_required);
+        let request = NodeExpandVolumeRequest {
+            volume_id: used.volume.volume_id.clone(),
+            volume_path: path.to_owned(),
+            staging_target_path: used.staging.clone(),
+            volume_capability: Some(used.capability.clone()),
+            capacity_range: range,
+            ..Default::default()
+        };
+        let grown = self.node(async |mut it| it.node_expand_volume(request).await);
+        grown.expect("the host's device and file system grow").capacity_bytes
+    }
+
+    /// What NodeGetVolumeStats tells.
+    #[track_caller]
+    pub fn stats(&self, used: &Used, path: &str) -> Vec<VolumeUsage> {
+        let request = NodeGetVolumeStatsRequest {
+            volume_id: used.volume.volume_id.clone(),
+            volume_path: path.to_owned(),
+            ..Default::default()
+        };
+        let answer = self.node(async |mut it| it.node_get_volume_stats(request).await);
+        answer.expect("statistics").usage
+    }
+
+    /// Nothing of any volume is left on this host: no mount, loop device, process, record, lease.
+    #[track_caller]
+    pub fn assert_nothing_left(&self) {
+        let folder = self.folder.display().to_string();
+        let mounts = std::fs::read_to_string("/proc/self/mounts").expect("the table is there");
+        let mounts: Vec<&str> = mounts.lines().filter(|line| line.contains(&folder)).collect();
+        assert!(mounts.is_empty(), "{mounts:?}");
+        let loops = process::run("losetup", &["-nO", "NAME,BACK-FILE"]);
+        assert!(!loops.contains(&folder), "{loops}");
+        let links = process::with_argument_below(&self.folder.join("state/attach"));
+        assert!(links.is_empty(), "links: {links:?}");
+        for kept in ["state/volumes", "state/attach"] {
+            let files = std::fs::read_dir(self.folder.join(kept)).into_iter().flatten().count();
+            assert_eq!(files, 0, "{kept}");
+        }
+        let leases = self.cluster.ballastctl(1, &["lease", "list", "-o", "json"]);
+        assert!(!leases.contains("\"host\""), "{leases}");
+    }
+}
+
+/// The request that stages.
+pub fn stage_request(used: &Used) -> NodeStageVolumeRequest {
+    NodeStageVolumeRequest {
+        volume_id: used.volume.volume_id.clone(),
+        publish_context: used.context.clone(),
+        staging_target_path: used.staging.clone(),
+        volume_capability: Some(used.capability.clone()),
+        volume_context: used.volume.volume_context.clone(),
+        ..Default::default()
+    }
+}
+
+/// The code of a refusal, or that there was none.
+pub fn code<T>(answer: Result<T, Status>) -> Code {
+    answer.map_or_else(|status| status.code(), |_| Code::Ok)
+}
+
+/// Whether a path is mounted.
+pub fn is_mounted(path: &str) -> bool {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    mounts.lines().any(|line| line.split(' ').nth(1) == Some(path))
+}
+
+impl Drop for Csi {
+    fn drop(&mut self) {
+        if std::thread::panicking()
+            && let Some(driver) = &self.driver
+        {
+            let log = driver.log();
+            let tail: Vec<&str> = log.lines().rev().take(30).collect();
+            eprintln!("the end of the driver's log, last line first:\n{}", tail.join("\n"));
+        }
+        self.driver = None;
+        clear(&self.folder);
+    }
+}
+
+/// Links first: without them nothing waits for a server.
+fn clear(folder: &Path) {
+    for pid in process::with_argument_below(folder) {
+        process::kill_and_wait(pid);
+    }
+    unmount_below(folder);
+}
