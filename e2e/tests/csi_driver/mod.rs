@@ -23,7 +23,6 @@ pub const MIB: i64 = 1 << 20;
 /// A cluster and a driver.
 pub struct Csi {
     driver: Option<Running>,
-    runtime: tokio::runtime::Runtime,
     /// The cluster.
     pub cluster: Cluster,
     folder: PathBuf,
@@ -61,9 +60,7 @@ impl Csi {
         let cluster = Cluster::with(test, &Options { volume_mib: 16, ..Options::default() });
         let folder = cluster.scratch.path().join("csi");
         std::fs::create_dir_all(&folder).expect("a folder can be made");
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let runtime = runtime.expect("a runtime can be made");
-        let mut csi = Csi { driver: None, runtime, cluster, folder };
+        let mut csi = Csi { driver: None, cluster, folder };
         csi.start_driver();
         csi
     }
@@ -148,7 +145,7 @@ impl Csi {
         call: impl AsyncFnOnce(ControllerClient<Channel>) -> Result<tonic::Response<T>, Status>,
     ) -> Result<T, Status> {
         let endpoint = self.endpoint();
-        self.runtime.block_on(async {
+        runtime().block_on(async {
             let client = ControllerClient::new(Csi::channel(&endpoint).await?);
             call(client).await.map(tonic::Response::into_inner)
         })
@@ -160,7 +157,7 @@ impl Csi {
         call: impl AsyncFnOnce(NodeClient<Channel>) -> Result<tonic::Response<T>, Status>,
     ) -> Result<T, Status> {
         let endpoint = self.endpoint();
-        self.runtime.block_on(async {
+        runtime().block_on(async {
             let client = NodeClient::new(Csi::channel(&endpoint).await?);
             call(client).await.map(tonic::Response::into_inner)
         })
@@ -314,6 +311,12 @@ impl Csi {
         let leases = self.cluster.ballastctl(1, &["lease", "list", "-o", "json"]);
         assert!(!leases.contains("\"host\""), "{leases}");
     }
+}
+
+/// One per call: its connection ends with it.
+fn runtime() -> tokio::runtime::Runtime {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.expect("a runtime can be made")
 }
 
 /// The request that stages.
