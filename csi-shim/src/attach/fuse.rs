@@ -169,7 +169,8 @@ impl Attacher for FuseAttacher {
     fn answers(&self, attachment: &Attachment, time: Duration) -> bool {
         let file = self.file_of(attachment);
         // The loop's own cache would answer for the server: ask the file, whose reads are not kept.
-        within("reading the volume", time, move || disks::read_past_caches(&file)).unwrap_or(false)
+        within("reading the volume", time, move || disks::read_past_caches(&file, 0))
+            .unwrap_or(false)
     }
 
     fn abort(&self, attachment: &Attachment) -> Result<(), HostError> {

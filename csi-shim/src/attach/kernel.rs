@@ -4,9 +4,11 @@
 //! connection is lost. Then requests wait (`DEAD_CONNECTION`), and the watcher here gives the kernel a
 //! connection to another server. What is attached is told by each device's `backend` in /sys.
 
+use std::collections::BTreeMap;
+use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -14,7 +16,7 @@ use nix::errno::Errno;
 use super::{Attacher, Attachment, State};
 use crate::context::Address;
 use crate::host::netlink::{self, Family, attribute, nested};
-use crate::host::{HostError, disks, files, poll, within};
+use crate::host::{HostError, disks, files, poll, tools, within};
 use crate::link::nbd::{self, ConnectError, Export};
 
 const FAMILY: &str = "nbd";
@@ -63,8 +65,9 @@ pub struct KernelAttacher {
 struct Shared {
     /// Where the addresses of attachments lie, for a watcher of a later life.
     folder: PathBuf,
-    /// One change of connections at a time: two would tear each other's.
-    changing: Mutex<()>,
+    /// The sockets that this life of the process gave to the kernel, by device, to hang up with. Held
+    /// through every change: two changes at a time would tear each other's connections.
+    sockets: Mutex<BTreeMap<u32, TcpStream>>,
 }
 
 /// Whether this kernel has the client.
@@ -87,7 +90,7 @@ impl KernelAttacher {
         };
         let notices =
             Family::open(FAMILY).and_then(|family| family.listen(NOTICES)).map_err(none)?;
-        let shared = Arc::new(Shared { folder, changing: Mutex::new(()) });
+        let shared = Arc::new(Shared { folder, sockets: Mutex::default() });
         let watcher = Arc::clone(&shared);
         std::thread::spawn(move || watcher.watch(&notices));
         Ok(KernelAttacher { shared })
@@ -176,12 +179,55 @@ impl Shared {
         let mut family = Family::open(FAMILY).map_err(refused("be asked"))?;
         let answer = family.ask(CONNECT, &request).map_err(refused("connect"))?;
         let index = netlink::find(&answer, INDEX).and_then(|index| index.try_into().ok());
-        index.map(u32::from_le_bytes).ok_or_else(|| refused("name its device")(Errno::EPROTO))
+        let index = index.map(u32::from_le_bytes);
+        let index = index.ok_or_else(|| refused("name its device")(Errno::EPROTO))?;
+        self.keep(&mut self.sockets(), index, attachment, export)?;
+        Ok(index)
     }
 
-    /// Gives the kernel a new connection in the place of the one that it had. Opening the export
-    /// under the same lease ends the old one at the server, if it was still there.
-    fn reconnect(&self, index: u32, attachment: &Attachment) -> Result<u64, HostError> {
+    fn sockets(&self) -> MutexGuard<'_, BTreeMap<u32, TcpStream>> {
+        self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps what a later change, in this life or the next, hangs up with.
+    fn keep(
+        &self,
+        sockets: &mut BTreeMap<u32, TcpStream>,
+        index: u32,
+        attachment: &Attachment,
+        export: Export,
+    ) -> Result<(), HostError> {
+        let unknown = |error: std::io::Error| HostError::Unexpected(error.to_string());
+        let stream = export.stream.into_std().map_err(unknown)?;
+        let local = stream.local_addr().map_err(unknown)?.to_string();
+        sockets.insert(index, stream);
+        self.keep_addresses(attachment, &local)
+    }
+
+    /// Ends a device's connection from this side. A server that has to end it answers what is under
+    /// way with an error, which Linux takes for one of the disk; after a hang-up it asks again.
+    fn hang_up(&self, sockets: &mut BTreeMap<u32, TcpStream>, index: u32, volume_id: &str) {
+        if let Some(stream) = sockets.remove(&index) {
+            // It may be lost already.
+            let _ = stream.shutdown(Shutdown::Both);
+            return;
+        }
+        let Some(local) = self.kept(volume_id).1 else { return };
+        let ended = tools::must("ss", &["--kill", "--tcp", "src", &local], DEVICE_TIME);
+        if let Err(error) = ended {
+            tracing::warn!(%error, index, "the connection of a former life can't be ended");
+        }
+    }
+
+    /// Gives the kernel a new connection in the place of the one that it had, and with it the size
+    /// that the volume has now.
+    fn reconnect(
+        &self,
+        sockets: &mut BTreeMap<u32, TcpStream>,
+        index: u32,
+        attachment: &Attachment,
+    ) -> Result<(), HostError> {
+        self.hang_up(sockets, index, &attachment.volume_id);
         let export = open_anywhere(attachment)?;
         let backend = format!("{}\0", backend(attachment));
         let request = [
@@ -192,17 +238,18 @@ impl Shared {
         ]
         .concat();
         // The kernel takes a socket only in the place of one that it knows to be lost, and says yes
-        // either way: what counts is that the device answers.
+        // either way: what counts is that the device answers, to its very end.
         let device = path_of(index);
         let answers = poll(DEVICE_TIME, || {
             let mut family = Family::open(FAMILY).ok()?;
             family.ask(RECONFIGURE, &request).ok()?;
-            can_be_read(&device, ANSWER_TIME).then_some(())
+            can_be_read(&device, export.size - BLOCK, ANSWER_TIME).then_some(())
         });
-        answers.map(|()| export.size).ok_or_else(|| HostError::Slow {
+        answers.ok_or_else(|| HostError::Slow {
             what: format!("the new connection of {}", device.display()),
             after: DEVICE_TIME,
-        })
+        })?;
+        self.keep(sockets, index, attachment, export)
     }
 
     fn watch(&self, notices: &netlink::Notices) {
@@ -232,32 +279,36 @@ impl Shared {
         else {
             return;
         };
-        let _one = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
-        if can_be_read(&path_of(index), ANSWER_TIME) {
+        let mut sockets = self.sockets();
+        if can_be_read(&path_of(index), 0, ANSWER_TIME) {
             return;
         }
         tracing::warn!(index, export, "connection lost: looking for a server");
         let attachment = Attachment {
             volume_id: volume_id.to_owned(),
             export: export.to_owned(),
-            addresses: self.addresses(volume_id),
+            addresses: self.kept(volume_id).0,
             read_only: export.contains("@ro"),
         };
-        match self.reconnect(index, &attachment) {
-            Ok(_) => tracing::info!(index, export, "connected again"),
+        match self.reconnect(&mut sockets, index, &attachment) {
+            Ok(()) => tracing::info!(index, export, "connected again"),
             Err(error) => tracing::error!(index, export, %error, "not connected"),
         }
     }
 
-    fn addresses(&self, volume_id: &str) -> Vec<Address> {
+    /// Servers of a volume, and the near end of its connection.
+    fn kept(&self, volume_id: &str) -> (Vec<Address>, Option<String>) {
         let text = std::fs::read_to_string(self.folder.join(volume_id)).unwrap_or_default();
-        crate::context::parse_addresses(&text).unwrap_or_default()
+        let mut lines = text.lines();
+        let addresses = crate::context::parse_addresses(lines.next().unwrap_or_default());
+        (addresses.unwrap_or_default(), lines.next().map(str::to_owned))
     }
 
-    fn keep_addresses(&self, attachment: &Attachment) -> Result<(), HostError> {
+    fn keep_addresses(&self, attachment: &Attachment, local: &str) -> Result<(), HostError> {
         let addresses: Vec<&str> = attachment.addresses.iter().map(Address::as_str).collect();
         let path = self.folder.join(&attachment.volume_id);
-        files::write_atomically(&path, addresses.join(",").as_bytes())
+        let text = format!("{}\n{local}\n", addresses.join(","));
+        files::write_atomically(&path, text.as_bytes())
     }
 }
 
@@ -266,9 +317,10 @@ fn dead(index: u32) -> (u8, Vec<u8>) {
     (LINK_DEAD, attribute(INDEX, &index.to_le_bytes()))
 }
 
-fn can_be_read(device: &Path, time: Duration) -> bool {
+fn can_be_read(device: &Path, offset: u64, time: Duration) -> bool {
     let device = device.to_owned();
-    within("reading the device", time, move || disks::read_past_caches(&device)).unwrap_or(false)
+    let read = move || disks::read_past_caches(&device, offset);
+    within("reading the device", time, read).unwrap_or(false)
 }
 
 impl Attacher for KernelAttacher {
@@ -288,14 +340,13 @@ impl Attacher for KernelAttacher {
 
     fn attach(&self, attachment: &Attachment) -> Result<PathBuf, HostError> {
         match self.state(attachment)? {
-            State::Attached(device) if can_be_read(&device, DEVICE_TIME) => return Ok(device),
+            State::Attached(device) if can_be_read(&device, 0, DEVICE_TIME) => return Ok(device),
             State::None => {}
             _ => self.detach(attachment)?,
         }
-        self.shared.keep_addresses(attachment)?;
         let device = path_of(self.shared.connect(attachment)?);
         // The node in /dev and its size come a moment later.
-        let there = || can_be_read(&device, ANSWER_TIME).then_some(());
+        let there = || can_be_read(&device, 0, ANSWER_TIME).then_some(());
         poll(DEVICE_TIME, there).map(|()| device.clone()).ok_or_else(|| HostError::Slow {
             what: format!("the device {}", device.display()),
             after: DEVICE_TIME,
@@ -308,8 +359,7 @@ impl Attacher for KernelAttacher {
         let missing = || HostError::Unexpected(format!("{} is not attached", attachment.export));
         let (index, _) = device.ok_or_else(missing)?;
         if disks::size(&path_of(index))? < at_least {
-            let _one = self.shared.changing.lock().unwrap_or_else(PoisonError::into_inner);
-            self.shared.reconnect(index, attachment)?;
+            self.shared.reconnect(&mut self.shared.sockets(), index, attachment)?;
         }
         let grown = || disks::size(&path_of(index)).ok().filter(|size| *size >= at_least);
         poll(DEVICE_TIME, grown).ok_or_else(|| HostError::Slow {
@@ -320,7 +370,7 @@ impl Attacher for KernelAttacher {
 
     fn answers(&self, attachment: &Attachment, time: Duration) -> bool {
         match self.state(attachment) {
-            Ok(State::Attached(device)) => can_be_read(&device, time),
+            Ok(State::Attached(device)) => can_be_read(&device, 0, time),
             _ => false,
         }
     }

@@ -86,14 +86,14 @@ pub fn size(path: &Path) -> Result<u64, HostError> {
     within(&what, TOOL_TIME, seek)?.map_err(HostError::file(path, "opened"))
 }
 
-/// Whether the first block of a device or file can be read from where it really is.
-pub fn read_past_caches(path: &Path) -> bool {
+/// Whether a block of a device or file can be read from where it really is.
+pub fn read_past_caches(path: &Path, offset: u64) -> bool {
     use std::os::unix::fs::{FileExt, OpenOptionsExt};
     let direct = nix::fcntl::OFlag::O_DIRECT.bits();
     let file = File::options().read(true).custom_flags(direct).open(path);
     // Direct reads of devices want memory that begins at a block.
     let mut block = AlignedBlock([0; 4096]);
-    file.and_then(|file| file.read_exact_at(&mut block.0, 0)).is_ok()
+    file.and_then(|file| file.read_exact_at(&mut block.0, offset)).is_ok()
 }
 
 #[repr(align(4096))]
