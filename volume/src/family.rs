@@ -10,7 +10,7 @@ use ballast_block::buffer::BufferPool;
 use ballast_block::command::ReadPart;
 use ballast_block::geometry::BLOCK_SIZE;
 use ballast_block::limits::FAMILY_INFLIGHT_BYTES_MAX;
-use ballast_block::{AttachmentId, Epoch, FamilyId, IoError, NodeId, Payload};
+use ballast_block::{AttachmentId, FamilyId, IoError, NodeId, Payload};
 use ballast_env::Env;
 use ballast_env::spawn::OwnedTask;
 use ballast_raft_store::entry::{Command, Origin};
@@ -218,20 +218,12 @@ impl<E: Env> Family<E> {
         operation: Operation,
     ) -> Result<OperationReply, ExecuteError> {
         match operation {
-            Operation::Read(_) | Operation::Status(_) if self.is_fenced(&origin) => {
-                Err(IoError::Fenced.into())
-            }
-            Operation::Read(range) => self.read(range).await,
-            Operation::Status(range) => self.status(range).await,
+            Operation::Read(range) => self.read(&origin, range).await,
+            Operation::Status(range) => self.status(&origin, range).await,
             Operation::Write { offset, data } => self.write(origin, offset, data).await,
             Operation::Zero(range) => self.zero(origin, range).await,
             Operation::Trim { start, count } => self.trim(origin, start, count).await,
         }
-    }
-
-    /// Reads leave no trace in the log, so their lease is looked at here, where they are answered.
-    fn is_fenced(&self, origin: &Origin) -> bool {
-        origin.epoch != Epoch(0) && self.state().leases().grant(origin.epoch).is_none()
     }
 
     /// Proposes a control command; answers the state after it.

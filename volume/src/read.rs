@@ -3,8 +3,9 @@
 use ballast_block::command::ReadPart;
 use ballast_block::geometry::{BLOCK_SIZE, BLOCK_SIZE_U64};
 use ballast_block::limits::TRANSFER_BLOCKS_MAX;
-use ballast_block::{BlockRange, ByteRange, IoError};
+use ballast_block::{BlockRange, ByteRange, Epoch, IoError};
 use ballast_env::Env;
+use ballast_raft_store::entry::Origin;
 use ballast_raft_store::replica::{ReadContent, ReadError, ReadPart as StoredPart};
 
 use crate::family::{ExecuteError, Family, OperationReply};
@@ -15,8 +16,12 @@ use crate::state::ROOT_BRANCH;
 const REPAIR_ROUNDS_MAX: u32 = 3;
 
 impl<E: Env> Family<E> {
-    pub(crate) async fn read(&self, range: ByteRange) -> Result<OperationReply, ExecuteError> {
-        range.check_inside(self.state().size()).map_err(|_| IoError::RangeOutside)?;
+    pub(crate) async fn read(
+        &self,
+        origin: &Origin,
+        range: ByteRange,
+    ) -> Result<OperationReply, ExecuteError> {
+        self.check_end(end_block(range)).await?;
         let blocks = range.covering_blocks();
         if blocks.count as usize > TRANSFER_BLOCKS_MAX {
             let limit = (TRANSFER_BLOCKS_MAX * BLOCK_SIZE) as u64;
@@ -25,19 +30,46 @@ impl<E: Env> Family<E> {
         let group = &self.inner.group;
         let start = group.env().now();
         group.pass().await?;
+        self.check_lease(origin)?;
         let parts = self.read_stored(blocks).await?;
         stages::note(&self.inner.stages.read, start, group.env().now());
         Ok(OperationReply::Data(cut(parts, range, blocks)))
     }
 
-    pub(crate) async fn status(&self, range: BlockRange) -> Result<OperationReply, ExecuteError> {
-        let size = self.state().size().div_ceil(BLOCK_SIZE_U64);
-        if range.end() > size {
-            return Err(IoError::RangeOutside.into());
-        }
+    pub(crate) async fn status(
+        &self,
+        origin: &Origin,
+        range: BlockRange,
+    ) -> Result<OperationReply, ExecuteError> {
+        self.check_end(Some(range.end())).await?;
         self.inner.group.pass().await?;
+        self.check_lease(origin)?;
         let runs = self.inner.group.replica().allocation(ROOT_BRANCH, range).await;
         Ok(OperationReply::Status(runs.map_err(|error| self.unreadable(error))?))
+    }
+
+    /// Whether a range ends inside the volume, at `end` in blocks. What is applied here may be older
+    /// than the volume's last growth, so only behind the gate is anything outside.
+    pub(crate) async fn check_end(&self, end: Option<u64>) -> Result<(), ExecuteError> {
+        let is_inside = || {
+            let size = self.state().size().div_ceil(BLOCK_SIZE_U64);
+            end.is_some_and(|end| end <= size)
+        };
+        if is_inside() {
+            return Ok(());
+        }
+        self.inner.group.pass().await?;
+        if is_inside() { Ok(()) } else { Err(IoError::RangeOutside.into()) }
+    }
+
+    /// Reads leave no trace in the log, so their lease is looked at where they are answered. Behind the
+    /// gate: before it, the leases applied here may be older than the one that is asked under.
+    fn check_lease(&self, origin: &Origin) -> Result<(), ExecuteError> {
+        let epoch = origin.epoch;
+        if epoch != Epoch(0) && self.state().leases().grant(epoch).is_none() {
+            return Err(IoError::Fenced.into());
+        }
+        Ok(())
     }
 
     /// One block for a merge. The caller has passed the gate and holds the lock.
@@ -95,6 +127,11 @@ impl<E: Env> Family<E> {
             }
         }
     }
+}
+
+/// The first block behind a range of bytes; none behind the largest number.
+pub(crate) fn end_block(range: ByteRange) -> Option<u64> {
+    range.offset.checked_add(range.length).map(|end| end.div_ceil(BLOCK_SIZE_U64))
 }
 
 /// Cuts what whole blocks hold to the bytes asked for.

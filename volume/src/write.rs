@@ -15,6 +15,7 @@ use openraft::async_runtime::WatchReceiver;
 use tokio::sync::SemaphorePermit;
 
 use crate::family::{ExecuteError, Family, OperationReply, Room, RoomAsk};
+use crate::read::end_block;
 use crate::stages;
 use crate::state::ROOT_BRANCH;
 
@@ -32,7 +33,7 @@ impl<E: Env> Family<E> {
         data: Bytes,
     ) -> Result<OperationReply, ExecuteError> {
         let range = ByteRange::new(offset, data.len() as u64);
-        self.admit(range)?;
+        self.admit(range).await?;
         let start = self.inner.group.env().now();
         let blocks = range.covering_blocks();
         self.take_room(origin, blocks).await?;
@@ -49,7 +50,7 @@ impl<E: Env> Family<E> {
         origin: Origin,
         range: ByteRange,
     ) -> Result<OperationReply, ExecuteError> {
-        self.admit(range)?;
+        self.admit(range).await?;
         self.take_room(origin, range.covering_blocks()).await?;
         self.merge(origin, range, Over::Zeroes).await
     }
@@ -60,10 +61,7 @@ impl<E: Env> Family<E> {
         start: u64,
         count: u64,
     ) -> Result<OperationReply, ExecuteError> {
-        let size = self.state().size().div_ceil(BLOCK_SIZE_U64);
-        if start.checked_add(count).is_none_or(|end| end > size) {
-            return Err(IoError::RangeOutside.into());
-        }
+        self.check_end(start.checked_add(count)).await?;
         // A lock holds at most 2^32 blocks; a longer trim takes the longest range there is.
         let locked = u32::try_from(count).unwrap_or(u32::MAX);
         let _lock = self.inner.locks.shared(BlockRange::new(start, locked)).await;
@@ -74,11 +72,11 @@ impl<E: Env> Family<E> {
         outcome(reply)
     }
 
-    fn admit(&self, range: ByteRange) -> Result<(), IoError> {
+    async fn admit(&self, range: ByteRange) -> Result<(), ExecuteError> {
         if range.length == 0 || range.length > TRANSFER_BYTES_MAX as u64 {
-            return Err(IoError::TooLarge { limit: TRANSFER_BYTES_MAX as u64 });
+            return Err(IoError::TooLarge { limit: TRANSFER_BYTES_MAX as u64 }.into());
         }
-        range.check_inside(self.state().size()).map_err(|_| IoError::RangeOutside)
+        self.check_end(end_block(range)).await
     }
 
     /// Takes room in the pools of all voters; waits for some as long as that is of use.
