@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::sync::OnceLock;
 
+use ballast_e2e::cluster::Cluster;
 use ballast_e2e::process::{output, run};
 use ballast_e2e::scratch::{self, Scratch};
 use serde_json::Value;
@@ -305,6 +306,59 @@ fn objects_fit_together() {
             _ => {}
         }
     }
+}
+
+/// Lines of a page that are commands, each with the heading and the paragraph that it follows.
+fn commands(page: &str) -> Vec<(String, String)> {
+    let (mut heading, mut paragraph, mut found) = ("", "", Vec::new());
+    for line in page.lines() {
+        let indent = line.len() - line.trim_start().len();
+        match line.trim() {
+            "" => {}
+            command if indent >= 4 => {
+                found.push((format!("{heading} {paragraph}"), command.into()))
+            }
+            text if text.starts_with('#') => (heading, paragraph) = (text, ""),
+            text => paragraph = text,
+        }
+    }
+    found
+}
+
+#[test]
+fn commands_of_the_guide_work_or_are_said_to_need_kubernetes() {
+    let cluster = Cluster::start("guide");
+    let nodes = cluster.nodes();
+    let endpoints: Vec<&str> = nodes.iter().map(|node| node.grpc.as_str()).collect();
+    let nbd = nodes[0].nbd.replace("nbd://", "");
+    let path = format!("{}:{}", scratch::binaries().display(), std::env::var("PATH").expect("set"));
+    let (mut script, mut of_kubernetes) = (format!("set -e; export PATH='{path}'\n"), 0);
+    for page in ["install", "first-volume", "node-failure", "durability", "memory"] {
+        for (about, command) in commands(&read(&format!("docs/guide/{page}.md"))) {
+            let program = command.split([' ', '=']).next().unwrap_or_default();
+            match program {
+                "kubectl" => {
+                    assert!(about.contains("[k8s]"), "{page}: not marked: {command}");
+                    of_kubernetes += 1;
+                }
+                "export" => {
+                    script += &format!("export BALLAST_ENDPOINT={}\n", endpoints.join(","));
+                }
+                "ballastctl" | "nbdinfo" => {
+                    script += &command.replace("10.0.0.1:10809", &nbd);
+                    script += "\n";
+                }
+                // Those that need a network, or hours; `ballastd dev` has tests of its own.
+                "podman" | "cargo" | "grep" => {}
+                _ => panic!("{page}: what is {command:?}?"),
+            }
+        }
+    }
+    assert!(of_kubernetes > 8, "only {of_kubernetes} commands for Kubernetes");
+    // The last page takes a lease by force of the volume that the first one deletes.
+    let force = script.find("ballastctl volume attach first --host node-b").expect("it is there");
+    script.insert_str(force, "ballastctl volume create first --size 1GiB --replicas 3 --wait\n");
+    run("bash", &["-c", &script]);
 }
 
 #[test]
