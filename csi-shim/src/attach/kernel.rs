@@ -53,6 +53,9 @@ const DEVICE_TIME: Duration = Duration::from_secs(20);
 /// How long a block may take to be read from a server that is well.
 const ANSWER_TIME: Duration = Duration::from_secs(3);
 
+/// What the kernel takes to notice, on both of its sides, that a connection was hung up.
+const NOTICE_TIME: Duration = Duration::from_millis(100);
+
 const BLOCK: u64 = 4096;
 
 /// Devices of the kernel.
@@ -228,27 +231,29 @@ impl Shared {
         attachment: &Attachment,
     ) -> Result<(), HostError> {
         self.hang_up(sockets, index, &attachment.volume_id);
-        let export = open_anywhere(attachment)?;
         let backend = format!("{}\0", backend(attachment));
-        let request = [
-            attribute(INDEX, &index.to_le_bytes()),
-            number(SIZE_BYTES, export.size),
-            attribute(BACKEND, backend.as_bytes()),
-            socket_attributes(&export),
-        ]
-        .concat();
-        // The kernel takes a socket only in the place of one that it knows to be lost, and says yes
-        // either way: what counts is that the device answers, to its very end.
-        let device = path_of(index);
-        let answers = poll(DEVICE_TIME, || {
-            let mut family = Family::open(FAMILY).ok()?;
-            family.ask(RECONFIGURE, &request).ok()?;
-            can_be_read(&device, export.size - BLOCK, ANSWER_TIME).then_some(())
+        let device =
+            [attribute(INDEX, &index.to_le_bytes()), attribute(BACKEND, backend.as_bytes())]
+                .concat();
+        // First the socket: a new size waits for requests under way, and they for a connection. The
+        // kernel takes a socket only in the place of one that it knows to be lost, says yes either
+        // way, and may end the new one when it notices the loss a second time: what counts is that
+        // the device answers, and a socket that did not do is not offered again.
+        let connected = poll(DEVICE_TIME, || {
+            std::thread::sleep(NOTICE_TIME);
+            let export = open_anywhere(attachment).ok()?;
+            let socket = [device.clone(), socket_attributes(&export)].concat();
+            Family::open(FAMILY).and_then(|mut family| family.ask(RECONFIGURE, &socket)).ok()?;
+            can_be_read(&path_of(index), 0, ANSWER_TIME).then_some(export)
         });
-        answers.ok_or_else(|| HostError::Slow {
-            what: format!("the new connection of {}", device.display()),
+        let export = connected.ok_or_else(|| HostError::Slow {
+            what: format!("the new connection of {}", path_of(index).display()),
             after: DEVICE_TIME,
         })?;
+        let size = [device, number(SIZE_BYTES, export.size)].concat();
+        Family::open(FAMILY)
+            .and_then(|mut family| family.ask(RECONFIGURE, &size))
+            .map_err(refused("take a new size"))?;
         self.keep(sockets, index, attachment, export)
     }
 
