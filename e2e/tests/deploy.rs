@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::sync::OnceLock;
 
+use ballast_csi_shim::{DRIVER_NAME, parameters::Parameters};
 use ballast_e2e::cluster::Cluster;
 use ballast_e2e::process::{output, run};
 use ballast_e2e::scratch::{self, Scratch};
@@ -169,11 +170,6 @@ fn flag(argument: &str) -> Option<&str> {
     Some(argument.split('=').next().unwrap_or(argument)).filter(|flag| flag.starts_with("--"))
 }
 
-/// The driver is built here once its crate has a program.
-fn has_driver() -> bool {
-    read("csi-shim/Cargo.toml").contains("name = \"ballast-csi\"")
-}
-
 #[test]
 fn our_programs_know_what_they_are_started_with() {
     let mut seen = BTreeSet::new();
@@ -184,7 +180,7 @@ fn our_programs_know_what_they_are_started_with() {
             let Some(name) = container["command"][0].as_str().filter(|_| ours) else { continue };
             let arguments = texts(&container["args"]);
             seen.insert(name.to_owned());
-            if name == "modprobe" || (name == "ballast-csi" && !has_driver()) {
+            if name == "modprobe" {
                 continue;
             }
             let program = scratch::program(name).display().to_string();
@@ -295,7 +291,13 @@ fn objects_fit_together() {
             assert!(is_there(&text(&role["kind"]), &role["name"]), "{file}: {role}");
         }
         match text(&object["kind"]).as_str() {
-            "StorageClass" => assert!(is_there("CSIDriver", &object["provisioner"]), "{file}"),
+            "StorageClass" => {
+                assert!(is_there("CSIDriver", &object["provisioner"]), "{file}");
+                let given = object["parameters"].as_object().expect("it has parameters");
+                let given = given.iter().map(|(key, value)| (key.clone(), text(value))).collect();
+                Parameters::parse(&given).unwrap_or_else(|refused| panic!("{file}: {refused}"));
+            }
+            "CSIDriver" => assert_eq!(object["metadata"]["name"], DRIVER_NAME),
             "PodDisruptionBudget" => {
                 let chosen =
                     |it: &Value| selects(selector, &it["spec"]["template"]["metadata"]["labels"]);
@@ -373,7 +375,6 @@ fn the_image_is_built_by_the_pinned_toolchain_from_programs_that_exist() {
     let copied: Vec<&str> = recipe
         .split_whitespace()
         .filter_map(|word| word.strip_prefix("/src/target/release/"))
-        .filter(|name| *name != "ballast-csi" || has_driver())
         .collect();
     assert!(copied.len() >= 3, "{copied:?}");
     for name in copied {
