@@ -1,8 +1,9 @@
 //! Leases, and sizes, on their way from the cluster group into the families' own logs.
 //!
 //! The cluster group decides who holds a lease; a family fences by what its own log says (hazard
-//! F10), and checks writes against the size that it says. Owns the way between the two: the leader proposes what the cluster knows, when it is asked,
-//! when somebody attaches under a lease that it has not heard of, and in each round of `reconcile`.
+//! F10), and checks writes against the size that it says. Owns the way between the two: the leader
+//! proposes what the cluster knows, when it is asked, when somebody attaches under a lease that it has
+//! not heard of, and in each round of `reconcile`.
 //! Never decides about a lease. Write path, before step 3.
 
 use std::rc::Rc;
@@ -14,11 +15,12 @@ use ballast_env::Env;
 use ballast_volume::command::{FamilyCommand, GrantV1, ResizeV1, SetContentV1, SetLeasesV1};
 use ballast_volume::content::Content;
 use ballast_volume::family::{ExecuteError, Family};
+use bytes::Bytes;
 use thiserror::Error;
 
 use crate::attach::{DONE, NOT_LEADER, STOPPED};
 use crate::calls::{ContentReplyV1, InstallLeasesV1, Tag, decode};
-use crate::node::{Inner, Node};
+use crate::node::Inner;
 use crate::peers::links::Lane;
 use crate::peers::wire::{Frame, Kind};
 
@@ -62,26 +64,18 @@ pub struct ContentReply {
     pub ever_written: bool,
 }
 
-impl<E: Env> Node<E> {
-    /// Has a volume's family take the leases over that the cluster group knows. When this returns,
-    /// no write under an earlier lease is applied any more. For a node of the volume's shard.
-    ///
-    /// # Errors
-    /// [`LeaseError`].
-    pub async fn install_leases(&self, volume: VolumeId) -> Result<(), LeaseError> {
-        install(&self.inner, volume).await
-    }
+/// What is asked of a family's leader.
+enum Ask {
+    Install(InstallLeasesV1),
+    Content(SetContentV1),
+}
 
-    /// Says what a volume holds, or asks only: [`Content`]. For a node of the volume's shard.
-    ///
-    /// # Errors
-    /// [`LeaseError`].
-    pub async fn set_content(
-        &self,
-        volume: VolumeId,
-        content: Option<Content>,
-    ) -> Result<ContentReply, LeaseError> {
-        set_content(&self.inner, volume, content).await
+impl Ask {
+    fn body(&self) -> Bytes {
+        match self {
+            Ask::Install(ask) => Tag::InstallLeases.message(ask),
+            Ask::Content(ask) => Tag::Content.message(ask),
+        }
     }
 }
 
@@ -97,8 +91,7 @@ pub(crate) async fn install<E: Env>(
     let known = inner.cluster.state().volume(volume).cloned();
     let known = known.ok_or(LeaseError::VolumeUnknown(volume))?;
     let ask = InstallLeasesV1 { revision: known.lease_revision, size: known.size_bytes };
-    let body = Tag::InstallLeases.message(&ask);
-    at_leader(inner, &known, body).await.map(|_| ())
+    at_leader(inner, &known, &Ask::Install(ask)).await.map(|_| ())
 }
 
 /// Says what a volume holds, or asks only. Guarantee **never-format-data**: nobody formats without
@@ -114,7 +107,7 @@ pub(crate) async fn set_content<E: Env>(
     let known = inner.cluster.state().volume(volume).cloned();
     let known = known.ok_or(LeaseError::VolumeUnknown(volume))?;
     let ask = content.as_ref().map(SetContentV1::of).unwrap_or_default();
-    let reply = at_leader(inner, &known, Tag::Content.message(&ask)).await?;
+    let reply = at_leader(inner, &known, &Ask::Content(ask)).await?;
     let content = Content::from_kind(reply.content, &reply.fs_type);
     // A leader of a newer version: as long as nobody knows what it is, it is not to be formatted.
     let content = content.unwrap_or(Content::Raw);
@@ -125,14 +118,14 @@ pub(crate) async fn set_content<E: Env>(
 async fn at_leader<E: Env>(
     inner: &Rc<Inner<E>>,
     volume: &Volume,
-    body: bytes::Bytes,
+    what: &Ask,
 ) -> Result<ContentReplyV1, LeaseError> {
     let end = inner.env.now().after(INSTALL_MAX);
     let mut hint = None;
     for turn in 0.. {
         let target = hint.take().or_else(|| likely_leader(inner, volume.family, turn));
         if let Some(target) = target {
-            match ask(inner, target, volume.family, body.clone()).await {
+            match ask(inner, target, volume.family, what).await {
                 Some(reply) if reply.code == DONE => return Ok(reply),
                 Some(reply) if reply.node != 0 => hint = Some(NodeId(reply.node)),
                 _ => {}
@@ -159,16 +152,15 @@ async fn ask<E: Env>(
     inner: &Rc<Inner<E>>,
     target: NodeId,
     family: FamilyId,
-    body: bytes::Bytes,
+    what: &Ask,
 ) -> Option<ContentReplyV1> {
     if target == inner.config.node {
-        let tag = Tag::from_byte(body[0]).expect("made here");
-        return Some(match tag {
-            Tag::InstallLeases => install_here(inner, family, decode(body.slice(1..)).ok()?).await,
-            _ => content_here(inner, family, decode(body.slice(1..)).ok()?).await,
+        return Some(match what {
+            Ask::Install(ask) => install_here(inner, family, *ask).await,
+            Ask::Content(ask) => content_here(inner, family, ask.clone()).await,
         });
     }
-    let frame = Frame { family, ..Frame::plain(Kind::Call, 0, body) };
+    let frame = Frame { family, ..Frame::plain(Kind::Call, 0, what.body()) };
     let reply = inner.links.call(target, Lane::Control, frame, ATTEMPT_MAX).await.ok()?;
     decode(reply.body).ok()
 }
