@@ -51,10 +51,15 @@ stage() {
     return "$rc"
 }
 
-# The whole output of a failed stage (its end, if long); of a good one what cargo test counted.
+# The end of a failed stage's output and then, last of all, because other programs may keep only the
+# end of this one, which tests failed and why; of a good stage what cargo test counted.
 show() {
     if (($2)); then
         tail -n 300 "$logs/$1.log"
+        awk '/^ +(Running|Doc-tests)/ { name = $0 }
+             /^test .* FAILED$/ { print name; print }
+             /^thread .* panicked at/ { print; left = 4; next }
+             left > 0 { print; left-- }' "$logs/$1.log" | tail -n 40
     else
         awk '/^ +(Running|Doc-tests)/ { name = $0 }
              /^test result:/ && ($4 || $6) { print name; print; name = "" }' "$logs/$1.log"
