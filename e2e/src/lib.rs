@@ -9,6 +9,7 @@
 
 pub mod clients;
 pub mod cluster;
+pub mod commits;
 pub mod disk;
 pub mod filesystem;
 pub mod http;

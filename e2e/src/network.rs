@@ -1,6 +1,6 @@
-//! Cuts one process off from the others with the packet filter, in one direction or both.
+//! Cuts processes off from the others with the packet filter, in one direction or both.
 //!
-//! The process lives in a control group of its own; rules match the sockets of that group. So
+//! They live in a control group of their own; rules match the sockets of that group. So
 //! nothing else on the machine notices, and no address has to be known.
 
 use std::io::Write;
@@ -71,6 +71,29 @@ impl Island {
             }
         }
         nft(&format!("table inet {} {{\n{chains}}}\n", self.table));
+    }
+
+    /// Drops what crosses its border from now on: processes within still reach each other, and the
+    /// servers within at these ports.
+    ///
+    /// # Panics
+    /// When the packet filter refuses.
+    pub fn cut_around(&self, ports_within: &[u16]) {
+        self.heal();
+        // Packets of this machine keep their mark through the loopback device. The first answer to a
+        // connection belongs to no full socket yet and gets none: it is told by its port.
+        let mark = format!("{:#x}", 0x6200_0000 | std::process::id());
+        let within = format!("socket cgroupv2 level 1 \"{}\"", self.path);
+        let ports: String =
+            ports_within.iter().map(|port| format!("{within} tcp sport {port} accept; ")).collect();
+        nft(&format!(
+            "table inet {} {{\n\
+             chain output {{ type filter hook output priority 0; {within} meta mark set {mark}; }}\n\
+             chain input {{ type filter hook input priority 0; {ports}\
+             {within} meta mark {mark} accept; {within} counter drop; \
+             meta mark {mark} counter drop; }}\n}}\n",
+            self.table
+        ));
     }
 
     /// Lets everything through again.

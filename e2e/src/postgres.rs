@@ -86,15 +86,23 @@ impl Postgres {
         assert_eq!(self.process.wait(60), 0, "PostgreSQL: {}", self.process.log());
     }
 
-    /// Kills every process of the server at once, as a power cut would.
+    /// Kills every process of the server at once, as a power cut would, and removes its lock file,
+    /// as after a restart of the machine.
     ///
     /// # Panics
     /// When a process does not go.
-    pub fn crash(mut self) {
-        let data = self.home.join("data");
-        let pid = fs::read_to_string(data.join("postmaster.pid")).unwrap_or_default();
-        let main: Option<u32> = pid.lines().next().and_then(|line| line.parse().ok());
-        let main = main.expect("a running server has a pid file");
+    pub fn crash(self) {
+        let home = self.home.clone();
+        self.kill();
+        forget_server(&home);
+    }
+
+    /// Kills every process of the server at once.
+    ///
+    /// # Panics
+    /// When a process does not go.
+    pub fn kill(mut self) {
+        let main = self.process.pid();
         let children = output("pgrep", &["-P", &main.to_string()]).stdout;
         let children = String::from_utf8_lossy(&children).into_owned();
         crate::process::kill_and_wait(main);
@@ -102,9 +110,17 @@ impl Postgres {
             crate::process::kill_and_wait(child);
         }
         self.process.wait(20);
-        // As after a restart of the machine.
-        fs::remove_file(data.join("postmaster.pid")).expect("the pid file can be removed");
     }
+}
+
+/// Removes the lock file of a server of another host, or of before a restart: process numbers in it
+/// mean nothing here.
+///
+/// # Panics
+/// When it can't be removed.
+#[track_caller]
+pub fn forget_server(home: &Path) {
+    fs::remove_file(home.join("data/postmaster.pid")).expect("the pid file can be removed");
 }
 
 fn as_user<'a>(command: &[&'a str]) -> Vec<&'a str> {

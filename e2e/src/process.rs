@@ -172,6 +172,14 @@ pub fn resident_bytes(pid: u32) -> u64 {
     kib.unwrap_or(0) * 1024
 }
 
+/// The word that follows this one on a process's command line.
+pub fn word_after(pid: u32, word: &str) -> Option<String> {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let line = String::from_utf8_lossy(&line).into_owned();
+    let mut words = line.split('\0').skip_while(|it| *it != word);
+    words.nth(1).map(str::to_owned)
+}
+
 /// Processes with a path below this folder on their command line, but not this one.
 pub fn with_argument_below(folder: &Path) -> Vec<u32> {
     let folder = folder.display().to_string();

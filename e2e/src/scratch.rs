@@ -74,11 +74,14 @@ fn public_root() -> PathBuf {
     std::env::temp_dir().join("ballast-e2e")
 }
 
-/// The folder of the built programs, found from where the test itself lies.
+/// The folder of the built programs, found from where the test itself lies, or the benchmark.
 pub fn binaries() -> PathBuf {
     let test = std::env::current_exe().expect("a process knows its program");
-    let deps = test.parent().expect("a program lies in a folder");
-    deps.parent().expect("tests lie in target/PROFILE/deps").to_path_buf()
+    let folder = test.parent().expect("a program lies in a folder");
+    match folder.ends_with("deps") {
+        true => folder.parent().expect("tests lie in target/PROFILE/deps").to_path_buf(),
+        false => folder.to_path_buf(),
+    }
 }
 
 /// A program of this project.

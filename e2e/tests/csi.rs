@@ -5,11 +5,10 @@ mod csi_driver;
 use std::fs;
 use std::time::Duration;
 
-use ballast_csi_shim::v1::VolumeUsage;
 use ballast_csi_shim::v1::volume_capability::access_mode::Mode;
 use ballast_csi_shim::v1::volume_usage::Unit;
 use ballast_e2e::process::{output, run};
-use csi_driver::{Csi, MIB, Used, block, code, is_mounted, mounted};
+use csi_driver::{Csi, MIB, Used, block, bytes_of, code, is_mounted, may_grow_ext4, mounted};
 use nix::sys::signal::Signal;
 use tonic::Code;
 
@@ -119,27 +118,15 @@ fn a_file_system_lives_through_the_loss_of_its_node_and_grows_while_mounted() {
     }
 }
 
-/// The kernel lets only those with CAP_SYS_RESOURCE grow a mounted ext4.
-fn may_grow_ext4() -> bool {
-    let status = fs::read_to_string("/proc/self/status").expect("a process has a status");
-    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    let effective = effective.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    effective.expect("a mask") & 1 << 24 != 0
-}
-
 #[track_caller]
 fn grows_twice(csi: &Csi, used: &Used, mib: i64, target: &str) {
-    let of = |usage: &[VolumeUsage], unit: Unit| {
-        let found = usage.iter().find(|it| it.unit == unit as i32);
-        found.expect("of this unit").total
-    };
     let before = csi.stats(used, target);
     assert_eq!(csi.expand(used, mib + 32, target), (mib + 32) * MIB);
     assert_eq!(csi.expand(used, mib + 64, target), (mib + 64) * MIB);
     let after = csi.stats(used, target);
-    let grown = of(&after, Unit::Bytes) - of(&before, Unit::Bytes);
+    let grown = bytes_of(&after) - bytes_of(&before);
     assert!(grown > 50 * MIB, "{before:?} {after:?}");
-    assert!(of(&after, Unit::Inodes) > 0);
+    assert!(after.iter().any(|usage| usage.unit == Unit::Inodes as i32 && usage.total > 0));
 }
 
 #[test]

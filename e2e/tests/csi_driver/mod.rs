@@ -1,5 +1,8 @@
 //! `ballast-csi` beside a development cluster, and calls to it as an orchestrator makes them.
 
+#![allow(dead_code, reason = "each file of tests uses its part")]
+
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -8,9 +11,10 @@ use ballast_csi_shim::v1::node_client::NodeClient;
 use ballast_csi_shim::v1::volume_capability::access_mode::Mode;
 use ballast_csi_shim::v1::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
 use ballast_csi_shim::v1::*;
-use ballast_e2e::cluster::{Cluster, Options};
+use ballast_e2e::cluster::{Cluster, Node, Options};
+use ballast_e2e::network::Island;
 use ballast_e2e::process::{self, Running};
-use ballast_e2e::scratch::{self, unmount_below};
+use ballast_e2e::scratch::{self, Scratch, unmount_below};
 use ballast_e2e::wait::until_true;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
@@ -22,11 +26,29 @@ pub const MIB: i64 = 1 << 20;
 
 /// A cluster and a driver.
 pub struct Csi {
-    driver: Option<Running>,
+    driver: Driver,
     /// The cluster.
     pub cluster: Cluster,
+}
+
+/// A driver, with calls to it.
+pub struct Driver {
+    process: Option<Running>,
+    mode: &'static str,
+    host: &'static str,
     folder: PathBuf,
 }
+
+impl Deref for Csi {
+    type Target = Driver;
+
+    fn deref(&self) -> &Driver {
+        &self.driver
+    }
+}
+
+/// What ControllerPublishVolume tells.
+pub type Context = std::collections::BTreeMap<String, String>;
 
 /// A volume with the ways that an orchestrator gives it.
 #[derive(Clone)]
@@ -36,7 +58,7 @@ pub struct Used {
     /// How it is used.
     pub capability: VolumeCapability,
     /// As ControllerPublishVolume told it.
-    pub context: std::collections::BTreeMap<String, String>,
+    pub context: Context,
     /// Where it is staged.
     pub staging: String,
 }
@@ -58,9 +80,8 @@ impl Csi {
     #[track_caller]
     pub fn start(test: &str) -> Csi {
         let cluster = Cluster::with(test, &Options { volume_mib: 16, ..Options::default() });
-        let folder = cluster.scratch.path().join("csi");
-        std::fs::create_dir_all(&folder).expect("a folder can be made");
-        let mut csi = Csi { driver: None, cluster, folder };
+        let driver = Driver::new(&cluster.scratch, "csi", "all", HOST);
+        let mut csi = Csi { driver, cluster };
         csi.start_driver();
         csi
     }
@@ -68,37 +89,7 @@ impl Csi {
     /// Starts the driver and waits until it answers.
     #[track_caller]
     pub fn start_driver(&mut self) {
-        let nodes = self.cluster.nodes();
-        let join = |texts: Vec<String>| texts.join(",");
-        let daemons = join(nodes.iter().map(|node| node.grpc.clone()).collect());
-        let nbd = |nbd: &str| nbd.trim_start_matches("nbd://").trim_end_matches('/').to_owned();
-        let addresses = join(nodes.iter().map(|node| nbd(&node.nbd)).collect());
-        let program = scratch::program("ballast-csi").display().to_string();
-        let (endpoint, state) = (self.endpoint(), self.file("state"));
-        let command = [
-            &program,
-            "--mode",
-            "all",
-            "--endpoint",
-            &endpoint,
-            "--ballast",
-            &daemons,
-            "--node-id",
-            HOST,
-            "--state-dir",
-            &state,
-            "--nbd",
-            "fuse",
-            "--nbd-address",
-            &addresses,
-        ];
-        let mut driver = Running::start(&self.folder.join("driver.log"), &command, false);
-        let socket = self.folder.join("csi.sock");
-        until_true("the driver's socket", 20, || {
-            assert!(driver.is_running(), "the driver ended: {}", driver.log());
-            std::os::unix::net::UnixStream::connect(&socket).is_ok()
-        });
-        self.driver = Some(driver);
+        self.driver.start(&self.cluster.nodes(), None);
     }
 
     /// Makes a call and kills the driver so long after its beginning; the call's own end, good or
@@ -115,12 +106,71 @@ impl Csi {
         });
         let _ = call(self);
         killer.join().expect("the killer does not panic");
-        self.driver = None;
+        self.driver.process = None;
     }
 
     /// The driver's process.
     pub fn driver(&mut self) -> &mut Running {
-        self.driver.as_mut().expect("the driver was started")
+        self.driver.process()
+    }
+
+    /// Nothing of any volume is left on this host: no mount, loop device, process, record, lease.
+    #[track_caller]
+    pub fn assert_nothing_left(&self) {
+        self.driver.assert_nothing_left();
+        let leases = self.cluster.ballastctl(1, &["lease", "list", "-o", "json"]);
+        assert!(!leases.contains("\"host\""), "{leases}");
+    }
+}
+
+impl Driver {
+    /// One that has not been started yet, with a folder of its own.
+    pub fn new(scratch: &Scratch, folder: &str, mode: &'static str, host: &'static str) -> Driver {
+        let folder = scratch.path().join(folder);
+        std::fs::create_dir_all(&folder).expect("a folder can be made");
+        Driver { process: None, mode, host, folder }
+    }
+
+    /// Starts it, cut off with an island if there is one, and waits until it answers. Nodes are
+    /// asked, and serve, in this order.
+    #[track_caller]
+    pub fn start(&mut self, nodes: &[Node], island: Option<&Island>) {
+        let join = |texts: Vec<String>| texts.join(",");
+        let daemons = join(nodes.iter().map(|node| node.grpc.clone()).collect());
+        let nbd = |nbd: &str| nbd.trim_start_matches("nbd://").trim_end_matches('/').to_owned();
+        let addresses = join(nodes.iter().map(|node| nbd(&node.nbd)).collect());
+        let program = scratch::program("ballast-csi").display().to_string();
+        let (endpoint, state) = (self.endpoint(), self.file("state"));
+        let mut command = vec![&*program, "--mode", self.mode, "--endpoint", &endpoint];
+        command.extend(["--ballast", &daemons, "--node-id", self.host, "--state-dir", &state]);
+        command.extend(["--nbd", "fuse", "--nbd-address", &addresses]);
+        let command = match island {
+            Some(island) => island.command(&command),
+            None => command.into_iter().map(str::to_owned).collect(),
+        };
+        let words: Vec<&str> = command.iter().map(String::as_str).collect();
+        let mut driver = Running::start(&self.folder.join("driver.log"), &words, false);
+        let socket = self.folder.join("csi.sock");
+        until_true("the driver's socket", 20, || {
+            assert!(driver.is_running(), "the driver ended: {}", driver.log());
+            std::os::unix::net::UnixStream::connect(&socket).is_ok()
+        });
+        self.process = Some(driver);
+    }
+
+    /// The host that it says it is on.
+    pub fn host(&self) -> &'static str {
+        self.host
+    }
+
+    /// The link processes of its volumes.
+    pub fn links(&self) -> Vec<u32> {
+        process::with_argument_below(&self.folder.join("state/attach"))
+    }
+
+    /// Its process.
+    pub fn process(&mut self) -> &mut Running {
+        self.process.as_mut().expect("the driver was started")
     }
 
     /// Its address.
@@ -146,7 +196,7 @@ impl Csi {
     ) -> Result<T, Status> {
         let endpoint = self.endpoint();
         runtime().block_on(async {
-            let client = ControllerClient::new(Csi::channel(&endpoint).await?);
+            let client = ControllerClient::new(Driver::channel(&endpoint).await?);
             call(client).await.map(tonic::Response::into_inner)
         })
     }
@@ -158,7 +208,7 @@ impl Csi {
     ) -> Result<T, Status> {
         let endpoint = self.endpoint();
         runtime().block_on(async {
-            let client = NodeClient::new(Csi::channel(&endpoint).await?);
+            let client = NodeClient::new(Driver::channel(&endpoint).await?);
             call(client).await.map(tonic::Response::into_inner)
         })
     }
@@ -166,6 +216,14 @@ impl Csi {
     /// Creates a volume and publishes it to this host.
     #[track_caller]
     pub fn create(&self, name: &str, mib: i64, capability: VolumeCapability) -> Used {
+        let mut used = self.create_volume(name, mib, capability);
+        used.context = self.attach(&used).expect("it is published");
+        used
+    }
+
+    /// Creates a volume that is published nowhere yet.
+    #[track_caller]
+    pub fn create_volume(&self, name: &str, mib: i64, capability: VolumeCapability) -> Used {
         let request = CreateVolumeRequest {
             name: name.to_owned(),
             capacity_range: Some(CapacityRange { required_bytes: mib * MIB, limit_bytes: 0 }),
@@ -175,20 +233,20 @@ impl Csi {
         let created = self.controller(async |mut it| it.create_volume(request).await);
         let volume = created.expect("the volume is created").volume.expect("a volume");
         let staging = self.file(&format!("{name}.staging"));
-        let mut used = Used { volume, capability, context: Default::default(), staging };
-        std::fs::create_dir_all(&used.staging).expect("a folder can be made");
-        used.context = self.attach(&used).expect("it is published");
-        used
+        std::fs::create_dir_all(&staging).expect("a folder can be made");
+        Used { volume, capability, context: Default::default(), staging }
     }
 
     /// Publishes to this host.
-    pub fn attach(
-        &self,
-        used: &Used,
-    ) -> Result<std::collections::BTreeMap<String, String>, Status> {
+    pub fn attach(&self, used: &Used) -> Result<Context, Status> {
+        self.attach_to(used, self.host)
+    }
+
+    /// Publishes to a host.
+    pub fn attach_to(&self, used: &Used, host: &str) -> Result<Context, Status> {
         let request = ControllerPublishVolumeRequest {
             volume_id: used.volume.volume_id.clone(),
-            node_id: HOST.to_owned(),
+            node_id: host.to_owned(),
             volume_capability: Some(used.capability.clone()),
             ..Default::default()
         };
@@ -205,21 +263,31 @@ impl Csi {
     /// Publishes at a path of this name.
     pub fn publish(&self, used: &Used, target: &str) -> Result<String, Status> {
         let target = self.file(target);
+        self.publish_at(used, &target).map(|()| target)
+    }
+
+    /// Publishes at this path.
+    pub fn publish_at(&self, used: &Used, target: &str) -> Result<(), Status> {
         let request = NodePublishVolumeRequest {
             volume_id: used.volume.volume_id.clone(),
             publish_context: used.context.clone(),
             staging_target_path: used.staging.clone(),
-            target_path: target.clone(),
+            target_path: target.to_owned(),
             volume_capability: Some(used.capability.clone()),
             ..Default::default()
         };
-        self.node(async |mut it| it.node_publish_volume(request).await).map(|_| target)
+        self.node(async |mut it| it.node_publish_volume(request).await).map(drop)
     }
 
     /// Unpublishes from a path of this name.
     pub fn unpublish(&self, used: &Used, target: &str) -> Result<(), Status> {
-        let volume_id = used.volume.volume_id.clone();
-        let request = NodeUnpublishVolumeRequest { volume_id, target_path: self.file(target) };
+        self.unpublish_at(used, &self.file(target))
+    }
+
+    /// Unpublishes from this path.
+    pub fn unpublish_at(&self, used: &Used, target: &str) -> Result<(), Status> {
+        let (volume_id, target_path) = (used.volume.volume_id.clone(), target.to_owned());
+        let request = NodeUnpublishVolumeRequest { volume_id, target_path };
         self.node(async |mut it| it.node_unpublish_volume(request).await).map(drop)
     }
 
@@ -232,11 +300,16 @@ impl Csi {
         self.node(async |mut it| it.node_unstage_volume(request).await).map(drop)
     }
 
-    /// Gives the lease back.
+    /// Gives this host's lease back.
     pub fn release(&self, used: &Used) -> Result<(), Status> {
+        self.release_from(used, self.host)
+    }
+
+    /// Gives a host's lease back, as after its death.
+    pub fn release_from(&self, used: &Used, host: &str) -> Result<(), Status> {
         let request = ControllerUnpublishVolumeRequest {
             volume_id: used.volume.volume_id.clone(),
-            node_id: HOST.to_owned(),
+            node_id: host.to_owned(),
             ..Default::default()
         };
         self.controller(async |mut it| it.controller_unpublish_volume(request).await).map(drop)
@@ -260,21 +333,32 @@ impl Csi {
     /// Grows a volume in the cluster and on this host, and returns its size.
     #[track_caller]
     pub fn expand(&self, used: &Used, mib: i64, path: &str) -> i64 {
-        let range = Some(CapacityRange { required_bytes: mib * MIB, limit_bytes: 0 });
+        self.expand_volume(used, mib);
+        self.expand_here(used, mib, path)
+    }
+
+    /// Grows a volume in the cluster.
+    #[track_caller]
+    pub fn expand_volume(&self, used: &Used, mib: i64) {
         let request = ControllerExpandVolumeRequest {
             volume_id: used.volume.volume_id.clone(),
-            capacity_range: range,
+            capacity_range: Some(CapacityRange { required_bytes: mib * MIB, limit_bytes: 0 }),
             volume_capability: Some(used.capability.clone()),
             ..Default::default()
         };
         let grown = self.controller(async |mut it| it.controller_expand_volume(request).await);
         assert!(grown.expect("the volume grows").node_expansion_required);
+    }
+
+    /// Grows what this host has of a volume that has grown, and returns its size.
+    #[track_caller]
+    pub fn expand_here(&self, used: &Used, mib: i64, path: &str) -> i64 {
         let request = NodeExpandVolumeRequest {
             volume_id: used.volume.volume_id.clone(),
             volume_path: path.to_owned(),
             staging_target_path: used.staging.clone(),
             volume_capability: Some(used.capability.clone()),
-            capacity_range: range,
+            capacity_range: Some(CapacityRange { required_bytes: mib * MIB, limit_bytes: 0 }),
             ..Default::default()
         };
         let grown = self.node(async |mut it| it.node_expand_volume(request).await);
@@ -293,7 +377,7 @@ impl Csi {
         answer.expect("statistics").usage
     }
 
-    /// Nothing of any volume is left on this host: no mount, loop device, process, record, lease.
+    /// Nothing of any volume is left on this host: no mount, loop device, process, record.
     #[track_caller]
     pub fn assert_nothing_left(&self) {
         let folder = self.folder.display().to_string();
@@ -302,14 +386,12 @@ impl Csi {
         assert!(mounts.is_empty(), "{mounts:?}");
         let loops = process::run("losetup", &["-nO", "NAME,BACK-FILE"]);
         assert!(!loops.contains(&folder), "{loops}");
-        let links = process::with_argument_below(&self.folder.join("state/attach"));
+        let links = self.links();
         assert!(links.is_empty(), "links: {links:?}");
-        for kept in ["state/volumes", "state/attach"] {
-            let files = std::fs::read_dir(self.folder.join(kept)).into_iter().flatten().count();
-            assert_eq!(files, 0, "{kept}");
-        }
-        let leases = self.cluster.ballastctl(1, &["lease", "list", "-o", "json"]);
-        assert!(!leases.contains("\"host\""), "{leases}");
+        let files = process::run("find", &[&self.file("state"), "!", "-type", "d"]);
+        assert_eq!(files, "", "kept");
+        let folders = process::run("find", &[&self.file("state"), "-mindepth", "2"]);
+        assert_eq!(folders, "", "kept");
     }
 }
 
@@ -331,6 +413,21 @@ pub fn stage_request(used: &Used) -> NodeStageVolumeRequest {
     }
 }
 
+/// Bytes of a file system.
+#[track_caller]
+pub fn bytes_of(usage: &[VolumeUsage]) -> i64 {
+    let found = usage.iter().find(|it| it.unit == volume_usage::Unit::Bytes as i32);
+    found.expect("statistics in bytes").total
+}
+
+/// The kernel lets only those with CAP_SYS_RESOURCE grow a mounted ext4.
+pub fn may_grow_ext4() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").expect("a process has a status");
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = effective.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    effective.expect("a mask") & 1 << 24 != 0
+}
+
 /// The code of a refusal, or that there was none.
 pub fn code<T>(answer: Result<T, Status>) -> Code {
     answer.map_or_else(|status| status.code(), |_| Code::Ok)
@@ -342,16 +439,16 @@ pub fn is_mounted(path: &str) -> bool {
     mounts.lines().any(|line| line.split(' ').nth(1) == Some(path))
 }
 
-impl Drop for Csi {
+impl Drop for Driver {
     fn drop(&mut self) {
         if std::thread::panicking()
-            && let Some(driver) = &self.driver
+            && let Some(driver) = &self.process
         {
             let log = driver.log();
             let tail: Vec<&str> = log.lines().rev().take(30).collect();
-            eprintln!("the end of the driver's log, last line first:\n{}", tail.join("\n"));
+            eprintln!("the end of {}'s log, last line first:\n{}", self.host, tail.join("\n"));
         }
-        self.driver = None;
+        self.process = None;
         clear(&self.folder);
     }
 }
