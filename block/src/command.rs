@@ -117,5 +117,13 @@ pub enum IoError {
     TimedOut,
 }
 
+impl IoError {
+    /// Whether it speaks of the attachment and not of the command: the host's session has ended, its
+    /// connection is to be closed and the command not answered. The host asks again where it may.
+    pub fn ends_session(&self) -> bool {
+        matches!(self, IoError::Fenced | IoError::ShuttingDown)
+    }
+}
+
 /// The payload of a write as it travels to the log: whole blocks, shared.
 pub type BlockPayload = Payload;

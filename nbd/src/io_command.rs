@@ -73,8 +73,6 @@ pub(crate) enum Refusal {
     NoContext,
     #[error("block status of no bytes")]
     EmptyStatus,
-    #[error("node is shutting down; reconnect through another node")]
-    ShuttingDown,
 }
 
 impl Refusal {
@@ -83,7 +81,6 @@ impl Refusal {
             Refusal::Outside { errno, .. } => *errno,
             Refusal::ReadOnly => Errno::NotPermitted,
             Refusal::ReadTooLarge { one_chunk: true, .. } => Errno::Overflow,
-            Refusal::ShuttingDown => Errno::Shutdown,
             Refusal::UnknownCommand(_)
             | Refusal::BadFlags { .. }
             | Refusal::ReadTooLarge { .. }

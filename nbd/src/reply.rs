@@ -281,7 +281,7 @@ pub(crate) fn clipped(message: &str) -> &str {
     &message[..end]
 }
 
-/// The error number of a failed command.
+/// The error number of a failed command, not of one that ends its session.
 ///
 /// `beyond_end` is what the protocol asks for where the range is outside: it differs by command.
 pub(crate) fn errno_of(error: &IoError, beyond_end: Errno) -> Errno {
@@ -290,8 +290,7 @@ pub(crate) fn errno_of(error: &IoError, beyond_end: Errno) -> Errno {
         IoError::TooLarge { .. } => Errno::Invalid,
         IoError::ReadOnly => Errno::NotPermitted,
         IoError::NoSpace => Errno::NoSpace,
-        // A client that gets it must disconnect: right for one that was replaced.
-        IoError::Fenced | IoError::ShuttingDown => Errno::Shutdown,
+        IoError::Fenced | IoError::ShuttingDown => unreachable!("they end the session unanswered"),
         IoError::Damaged | IoError::TimedOut => Errno::Io,
     }
 }
@@ -404,8 +403,6 @@ mod tests {
         assert_eq!(at(IoError::TooLarge { limit: 1 }), Errno::Invalid);
         assert_eq!(at(IoError::ReadOnly), Errno::NotPermitted);
         assert_eq!(at(IoError::NoSpace), Errno::NoSpace);
-        assert_eq!(at(IoError::Fenced), Errno::Shutdown);
-        assert_eq!(at(IoError::ShuttingDown), Errno::Shutdown);
         assert_eq!(at(IoError::Damaged), Errno::Io);
         assert_eq!(at(IoError::TimedOut), Errno::Io);
     }

@@ -91,8 +91,8 @@ pub enum Want<'a> {
     },
     /// Read nothing: an answer, a buffer, a completion or the sending of replies comes first.
     Nothing,
-    /// The client has said good-bye and all is answered and sent, or the session has failed: close
-    /// the connection.
+    /// The client has said good-bye and all is answered and sent, or the session has ended and what
+    /// was answered before is sent, or it has failed: close the connection.
     Close,
 }
 
@@ -165,7 +165,7 @@ impl Session {
                 Ok(None)
             }
             Phase::Transmission(transmission) => {
-                transmission.advance(&mut self.input, &mut self.replies, self.shutting_down)
+                transmission.advance(&mut self.input, &mut self.replies)
             }
             Phase::Aborted => Ok(None),
             Phase::Failed(error) => Err(error.clone()),
@@ -232,6 +232,9 @@ impl Session {
             Ok(None) => {}
             Ok(Some(negotiated)) => {
                 self.phase = Phase::Transmission(Transmission::new(negotiated));
+                if self.shutting_down {
+                    self.end();
+                }
             }
             Err(error) => self.phase = Phase::Failed(error),
         }
@@ -243,13 +246,15 @@ impl Session {
     /// When it was not asked, or the length differs: a bug of the caller.
     pub fn payload_buffer(&mut self, buffer: AlignedBuf) {
         match &mut self.phase {
+            Phase::Transmission(transmission) if transmission.is_over() => {}
             Phase::Transmission(transmission) => transmission.payload_buffer(buffer),
             _ => panic!("a buffer was given unasked"),
         }
     }
 
     /// Answers a command; its reply is then in [`Session::replies`]. Ignored when the session has
-    /// failed.
+    /// failed or ended. An [`IoError::ends_session`] is no answer: the session ends
+    /// ([`Session::end`]).
     ///
     /// # Panics
     /// When the command is not in flight, or the reply is not one to it: a bug of the caller.
@@ -272,10 +277,26 @@ impl Session {
         }
     }
 
-    /// From now on requests and options are refused because the node stops; what is in flight is
-    /// answered as it is completed.
+    /// The node stops: from now on options are refused, and of a client that is past its handshake
+    /// the session ends as by [`Session::end`].
     pub fn begin_shutdown(&mut self) {
         self.shutting_down = true;
+        self.end();
+    }
+
+    /// What the client has attached is not its own any more: nothing more is taken from it, run or
+    /// answered, and the connection is to be closed once the answers that are there are sent. For a
+    /// client an error is the volume's, and final; a connection that was closed is made again, and
+    /// what had no answer asked again. Nothing happens before the export is opened.
+    pub fn end(&mut self) {
+        if let Phase::Transmission(transmission) = &mut self.phase {
+            transmission.receiving = Receiving::Over;
+        }
+    }
+
+    /// Whether [`Session::end`] was called, or what it does has come to pass by itself.
+    pub fn is_over(&self) -> bool {
+        matches!(&self.phase, Phase::Transmission(transmission) if transmission.is_over())
     }
 
     /// Bytes to send; take them off as they are sent.
@@ -316,6 +337,8 @@ enum Receiving {
     Discarding { left: usize, cookie: u64, refusal: Refusal },
     /// The client said good-bye: nothing follows.
     Ended,
+    /// The session has ended from this side: nothing is read, and nothing more is answered.
+    Over,
 }
 
 impl Transmission {
@@ -333,7 +356,6 @@ impl Transmission {
         &mut self,
         input: &mut Input,
         out: &mut ReplyQueue,
-        shutting_down: bool,
     ) -> Result<Option<Event>, SessionError> {
         loop {
             match &mut self.receiving {
@@ -342,7 +364,7 @@ impl Transmission {
                         return Ok(None);
                     }
                     let Some(bytes) = input.take::<REQUEST_BYTES>() else { return Ok(None) };
-                    self.header(&bytes, shutting_down)?;
+                    self.header(&bytes)?;
                 }
                 Receiving::Admitting(action) => {
                     if !self.in_flight.has_room(action.memory_cost(), out) {
@@ -368,16 +390,18 @@ impl Transmission {
                     self.replier.error(out, *cookie, refusal.errno(), &refusal.to_string());
                     self.receiving = Receiving::Header;
                 }
-                Receiving::AwaitingBuffer { .. } | Receiving::Ended => return Ok(None),
+                Receiving::AwaitingBuffer { .. } | Receiving::Ended | Receiving::Over => {
+                    return Ok(None);
+                }
             }
         }
     }
 
-    fn header(
-        &mut self,
-        bytes: &[u8; REQUEST_BYTES],
-        shutting_down: bool,
-    ) -> Result<(), SessionError> {
+    fn is_over(&self) -> bool {
+        matches!(self.receiving, Receiving::Over)
+    }
+
+    fn header(&mut self, bytes: &[u8; REQUEST_BYTES]) -> Result<(), SessionError> {
         let request =
             Request::decode(bytes).map_err(|found| SessionError::BadRequestMagic { found })?;
         let is_write = request.command == command::WRITE;
@@ -386,12 +410,7 @@ impl Transmission {
         if payload > NBD_REQUEST_BYTES_MAX {
             return Err(SessionError::WriteTooLarge { length: request.length });
         }
-        let checked = match io_command::check(&request, &self.negotiated) {
-            Ok(Action::Disconnect) => Ok(Action::Disconnect),
-            _ if shutting_down => Err(Refusal::ShuttingDown),
-            checked => checked,
-        };
-        self.receiving = match checked {
+        self.receiving = match io_command::check(&request, &self.negotiated) {
             Ok(action) => Receiving::Admitting(action),
             Err(refusal) => {
                 Receiving::Discarding { left: payload, cookie: request.cookie, refusal }
@@ -453,15 +472,23 @@ impl Transmission {
             Receiving::Ended if self.in_flight.count() == 0 && !replies.has_remaining() => {
                 Want::Close
             }
+            Receiving::Over if !replies.has_remaining() => Want::Close,
             Receiving::Header
             | Receiving::Admitting(_)
             | Receiving::AwaitingBuffer { .. }
-            | Receiving::Ended => Want::Nothing,
+            | Receiving::Ended
+            | Receiving::Over => Want::Nothing,
         }
     }
 
     fn complete(&mut self, id: CommandId, result: Result<IoReply, IoError>, out: &mut ReplyQueue) {
         let reply = self.in_flight.remove(id);
+        if result.as_ref().is_err_and(IoError::ends_session) {
+            self.receiving = Receiving::Over;
+        }
+        if self.is_over() {
+            return;
+        }
         match (reply, result) {
             (Reply::Read(read), Ok(IoReply::Data(parts))) => self.replier.data(out, read, parts),
             (Reply::Status(ask), Ok(IoReply::Status(all))) => self.replier.status(out, ask, &all),

@@ -137,7 +137,6 @@ pub(crate) enum Errno {
     Invalid = 22,
     NoSpace = 28,
     Overflow = 75,
-    Shutdown = 108,
 }
 
 /// An option before its data.

@@ -1,6 +1,8 @@
 //! Whole conversations, byte by byte as the protocol document has them, and hostile ones.
 
 mod client;
+#[path = "conversations/endings.rs"]
+mod endings;
 
 use ballast_block::limits::{
     CONNECTION_INFLIGHT_BYTES_MAX, CONNECTION_INFLIGHT_COMMANDS_MAX, NBD_OPTION_BYTES_MAX,
@@ -429,18 +431,6 @@ fn goodbye_waits_for_what_is_in_flight() {
 }
 
 #[test]
-fn shutdown_refuses_what_comes_and_answers_what_is_there() {
-    let mut session = attached();
-    feed(&mut session, &request(0, 3, 1, 0, 0).repeat(2));
-    let Ok(Some(Event::Command { id, .. })) = session.next_event() else { panic!("a flush") };
-    session.begin_shutdown();
-    assert!(matches!(session.next_event(), Ok(None)));
-    assert_eq!(sent(&mut session)[..8], [SIMPLE, &[0, 0, 0, 108]].concat());
-    session.complete(id, Ok(IoReply::Done));
-    assert_eq!(sent(&mut session)[..8], [SIMPLE, &[0; 4]].concat());
-}
-
-#[test]
 #[should_panic(expected = "only commands in flight are completed")]
 fn completing_twice_is_a_bug() {
     let mut session = attached();
@@ -491,8 +481,8 @@ fn what_is_not_sent_yet_moves_along() {
     session.export_opened(Ok(export()));
     let opened = [export_info(7, 0x0ced), ack(7)].concat();
     assert_eq!(sent(&mut session), [GREETING, &ack(8), &opened].concat());
-    feed(&mut session, &request(0, 3, 1, 0, 0));
-    assert!(matches!(session.next_event(), Ok(None)), "it still knows that the node stops");
+    assert!(session.is_over(), "it still knows that the node stops");
+    assert!(matches!(session.want(), Want::Close));
 }
 
 #[test]

@@ -23,9 +23,9 @@ use ballast_nbd::{
     Session, SuspendedHandshake, Want,
 };
 use bytes::Buf;
-use futures_util::future::LocalBoxFuture;
+use futures_util::future::{LocalBoxFuture, join};
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 
 use crate::client::{AttachError, VolumeClient};
 use crate::leases::{COPY_LAG_MAX, LeasePolicy};
@@ -34,6 +34,30 @@ use crate::shards::{Arrival, HandOverError};
 
 /// Pause after an accept that failed, for want of file descriptors maybe.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long a client may take over its last answers, and over closing its side, before it is cut off.
+pub(crate) const CLOSING_MAX: Duration = Duration::from_secs(1);
+
+/// Bytes thrown away at once while a client closes its side.
+const UNREAD_BYTES: usize = 16 << 10;
+
+/// Waits until every client's connection is closed, but not for one that does not close its side.
+pub(crate) async fn all_closed<E: Env>(inner: &Inner<E>) {
+    let closed = async {
+        loop {
+            let next = inner.nbd_closed.notified();
+            if inner.nbd_connections.get() == 0 {
+                return;
+            }
+            next.await;
+        }
+    };
+    tokio::select! {
+        biased;
+        () = closed => {}
+        () = inner.env.sleep(CLOSING_MAX) => {}
+    }
+}
 
 pub(crate) async fn accept<E: Env, L>(node: Weak<Inner<E>>, listener: L)
 where
@@ -102,12 +126,13 @@ impl<E: Env> Counted<E> {
 impl<E: Env> Drop for Counted<E> {
     fn drop(&mut self) {
         self.0.nbd_connections.set(self.0.nbd_connections.get() - 1);
+        self.0.nbd_closed.notify_waiters();
     }
 }
 
 /// How serving a connection ended.
 enum Served {
-    /// The client has said good-bye.
+    /// The client has said good-bye, or its session is over.
     Ended,
     /// The export is another shard's.
     Elsewhere(ShardId, OpenExport),
@@ -139,20 +164,43 @@ impl<E: Env> Connection<E> {
             _ = stopping.wait_for(|&stop| stop) => Ok(Served::Ended),
             () = handshake => Err(io::ErrorKind::TimedOut.into()),
         };
-        match served {
-            Ok(Served::Ended) => {}
+        let sound = match served {
+            Ok(Served::Ended) => true,
             Ok(Served::Elsewhere(shard, open)) => return self.hand_over(shard, open),
-            Err(error) => tracing::info!(from = self.from, %error, "NBD client gone"),
-        }
+            Err(error) => {
+                tracing::info!(from = self.from, %error, "NBD client gone");
+                false
+            }
+        };
         if let Some(client) = &self.client {
             client.let_go();
         }
+        if *stopping.borrow() {
+            self.session.begin_shutdown();
+        }
+        let Self { inner, stream, session, client, mut running, _counted, .. } = self;
         // What is in flight runs to its end: dropped half-way, a write would leave its lock while
         // its entry is on its way.
-        if !*stopping.borrow() {
-            while self.running.next().await.is_some() {}
-        }
-        if let Some(client) = self.client.take() {
+        let in_flight = async {
+            tokio::select! {
+                biased;
+                _ = stopping.wait_for(|&stop| stop) => {}
+                () = async { while running.next().await.is_some() {} } => {}
+            }
+        };
+        let closed = async {
+            if sound {
+                tokio::select! {
+                    biased;
+                    // A client that is gone by now has nothing left to hear.
+                    _ = close(stream, session) => {}
+                    () = inner.env.sleep(CLOSING_MAX) => {}
+                }
+            }
+        };
+        join(in_flight, closed).await;
+        drop(_counted);
+        if let Some(client) = client {
             client.detach().await;
         }
     }
@@ -169,7 +217,7 @@ impl<E: Env> Connection<E> {
                 match event {
                     Event::OpenExport(open) => {
                         if let Some(shard) = self.shard_elsewhere(&open) {
-                            self.flush().await?;
+                            flush(&mut self.stream, &mut self.session).await?;
                             return Ok(Served::Elsewhere(shard, open));
                         }
                         let opened = self.open(open).await;
@@ -178,9 +226,7 @@ impl<E: Env> Connection<E> {
                     event => self.handle(event),
                 }
             }
-            if matches!(self.session.want(), Want::Close) {
-                self.flush().await?;
-                poll_fn(|context| Pin::new(&mut self.stream).poll_shutdown(context)).await?;
+            if self.session.is_over() || matches!(self.session.want(), Want::Close) {
                 return Ok(Served::Ended);
             }
             poll_fn(|context| self.poll_progress(context)).await?;
@@ -264,27 +310,7 @@ impl<E: Env> Connection<E> {
     }
 
     fn poll_send(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        const SLICES_MAX: usize = 64;
-        let replies = self.session.replies();
-        let mut slices = [IoSlice::new(&[]); SLICES_MAX];
-        let used = replies.chunks_vectored(&mut slices);
-        let sent = Pin::new(&mut self.stream).poll_write_vectored(context, &slices[..used]);
-        match sent {
-            Poll::Ready(Ok(0)) => Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-            Poll::Ready(Ok(count)) => {
-                replies.advance(count);
-                Poll::Ready(Ok(()))
-            }
-            Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
-            Poll::Pending => Poll::Pending,
-        }
-    }
-
-    async fn flush(&mut self) -> io::Result<()> {
-        while self.session.replies().has_remaining() {
-            poll_fn(|context| self.poll_send(context)).await?;
-        }
-        Ok(())
+        poll_send(&mut self.stream, &mut self.session, context)
     }
 
     fn handle(&mut self, event: Event) {
@@ -357,6 +383,47 @@ impl<E: Env> Connection<E> {
         self.client = Some(Rc::new(client));
         Ok(info)
     }
+}
+
+fn poll_send<S: AsyncWrite + Unpin>(
+    stream: &mut S,
+    session: &mut Session,
+    context: &mut Context<'_>,
+) -> Poll<io::Result<()>> {
+    const SLICES_MAX: usize = 64;
+    let replies = session.replies();
+    let mut slices = [IoSlice::new(&[]); SLICES_MAX];
+    let used = replies.chunks_vectored(&mut slices);
+    let sent = Pin::new(stream).poll_write_vectored(context, &slices[..used]);
+    match sent {
+        Poll::Ready(Ok(0)) => Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+        Poll::Ready(Ok(count)) => {
+            replies.advance(count);
+            Poll::Ready(Ok(()))
+        }
+        Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+        Poll::Pending => Poll::Pending,
+    }
+}
+
+async fn flush<S: AsyncWrite + Unpin>(stream: &mut S, session: &mut Session) -> io::Result<()> {
+    while session.replies().has_remaining() {
+        poll_fn(|context| poll_send(stream, session, context)).await?;
+    }
+    Ok(())
+}
+
+/// Sends what is answered, says that no more follows, and waits for the client to close. A socket that
+/// is closed while it holds bytes that nobody read takes back what is still on its way to the client.
+async fn close<S>(mut stream: S, mut session: Session) -> io::Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    flush(&mut stream, &mut session).await?;
+    stream.shutdown().await?;
+    let mut unread = vec![0; UNREAD_BYTES];
+    while stream.read(&mut unread).await? > 0 {}
+    Ok(())
 }
 
 /// Who holds the volume's leases, for people.

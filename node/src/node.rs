@@ -25,7 +25,7 @@ use ballast_volume::group::{Group, StartGroupError};
 use ballast_volume::snapshot::Checkpoint;
 use prost::Message;
 use thiserror::Error;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 
 use crate::cluster_copy::ClusterCopy;
 use crate::cluster_group::{
@@ -132,6 +132,8 @@ pub(crate) struct Inner<E: Env> {
     pub(crate) opened_in: Duration,
     /// NBD clients connected now.
     pub(crate) nbd_connections: Cell<usize>,
+    /// Told when there is one less.
+    pub(crate) nbd_closed: Notify,
     pub(crate) nbd_addresses: RefCell<Vec<Address>>,
     pub(crate) peer_address: RefCell<Option<Address>>,
     pub(crate) stopping: watch::Sender<bool>,
@@ -308,6 +310,7 @@ impl<E: Env> Node<E> {
             meters: Meters::default(),
             opened_in,
             nbd_connections: Cell::new(0),
+            nbd_closed: Notify::new(),
             nbd_addresses: RefCell::default(),
             peer_address: RefCell::default(),
             stopping: watch::Sender::new(false),
@@ -386,6 +389,7 @@ impl<E: Env> Node<E> {
         let inner = &self.inner;
         inner.stopping.send_replace(true);
         inner.tasks.borrow_mut().clear();
+        nbd_target::all_closed(inner).await;
         let families = std::mem::take(&mut *inner.families.borrow_mut());
         for family in families.values() {
             family.stop().await;

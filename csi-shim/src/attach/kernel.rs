@@ -4,7 +4,7 @@
 //! connection is lost. Then requests wait (`DEAD_CONNECTION`), and the watcher here gives the kernel a
 //! connection to another server. What is attached is told by each device's `backend` in /sys.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
 
 use super::{Attacher, Attachment, State};
 use crate::context::Address;
@@ -41,8 +42,9 @@ const SOCKET_FD: u16 = 1;
 const DEAD_CONNECTION: u64 = 600;
 
 /// Seconds without an answer after which a connection counts as lost, and its requests are asked
-/// again elsewhere: longer than a server waits for a quorum before it says so.
-const REQUEST: u64 = 40;
+/// again elsewhere: longer than a volume takes to go on when a node is lost. Also what a request
+/// takes that was under way on a connection that is lost: only then does the kernel ask again.
+const REQUEST: u64 = 10;
 
 /// How long all servers together may take to open the export.
 const OPEN_TIME: Duration = Duration::from_secs(20);
@@ -52,6 +54,13 @@ const DEVICE_TIME: Duration = Duration::from_secs(20);
 
 /// How long a block may take to be read from a server that is well.
 const ANSWER_TIME: Duration = Duration::from_secs(3);
+
+/// How long the watcher waits for a notice, with nothing to do and with a device that has no server.
+const QUIET_TIME: Duration = Duration::from_secs(60);
+const RETRY_TIME: Duration = Duration::from_secs(1);
+
+/// How long one look for a server takes at most, but for servers that do not answer: others wait.
+const REPAIR_TIME: Duration = Duration::from_secs(2);
 
 /// What the kernel takes to notice, on both of its sides, that a connection was hung up.
 const NOTICE_TIME: Duration = Duration::from_millis(100);
@@ -119,31 +128,65 @@ fn devices() -> Vec<(u32, String)> {
     found
 }
 
+/// The volume's id and the export of a device, if it is one of ours.
+fn ours(index: u32) -> Option<(String, String)> {
+    let (_, backend) = devices().into_iter().find(|(it, _)| *it == index)?;
+    let (volume_id, export) = backend.strip_prefix("ballast/")?.split_once('/')?;
+    Some((volume_id.to_owned(), export.to_owned()))
+}
+
 fn path_of(index: u32) -> PathBuf {
     PathBuf::from(format!("/dev/nbd{index}"))
 }
 
-fn open_anywhere(attachment: &Attachment) -> Result<Export, HostError> {
-    let failed = |error: ConnectError| HostError::Unexpected(error.to_string());
+/// Why no server opens an export.
+enum NotOpen {
+    /// None ever will again: its lease has ended.
+    LeaseOver(ConnectError),
+    /// None does now.
+    Yet(HostError),
+}
+
+impl From<NotOpen> for HostError {
+    fn from(not_open: NotOpen) -> HostError {
+        match not_open {
+            NotOpen::LeaseOver(error) => HostError::Unexpected(error.to_string()),
+            NotOpen::Yet(error) => error,
+        }
+    }
+}
+
+/// Opens the export at the first server that does, within so much time, or one round over all.
+fn open_anywhere(attachment: &Attachment, time: Duration) -> Result<Export, NotOpen> {
+    let failed = |error: &dyn std::fmt::Display| HostError::Unexpected(error.to_string());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(|error| HostError::Unexpected(error.to_string()))?;
+    let runtime = runtime.map_err(|error| NotOpen::Yet(failed(&error)))?;
     let start = std::time::Instant::now();
     loop {
-        let mut last = None;
+        let mut last = failed(&"no NBD address is known");
         for address in &attachment.addresses {
             match runtime.block_on(nbd::connect(address, &attachment.export)) {
                 Ok(export) => return Ok(export),
                 Err(error @ ConnectError::Refused { for_good: true, .. }) => {
-                    return Err(failed(error));
+                    return Err(NotOpen::LeaseOver(error));
                 }
-                Err(error) => last = Some(error),
+                Err(error) => last = failed(&error),
             }
         }
-        if start.elapsed() > OPEN_TIME {
-            let none = || HostError::Unexpected("no NBD address is known".to_owned());
-            return Err(last.map_or_else(none, failed));
+        if start.elapsed() >= time {
+            return Err(NotOpen::Yet(last));
         }
         std::thread::sleep(Duration::from_millis(300));
+    }
+}
+
+/// Has the kernel give a device up: what waits for a server fails, now and from now on.
+fn disconnect(index: u32) -> Result<(), HostError> {
+    let mut family = Family::open(FAMILY).map_err(refused("be asked"))?;
+    match family.ask(DISCONNECT, &attribute(INDEX, &index.to_le_bytes())) {
+        // Disconnected already.
+        Ok(_) | Err(Errno::EINVAL | Errno::ENODEV) => Ok(()),
+        Err(error) => Err(refused("disconnect")(error)),
     }
 }
 
@@ -167,7 +210,7 @@ fn refused(what: &str) -> impl FnOnce(Errno) -> HostError {
 
 impl Shared {
     fn connect(&self, attachment: &Attachment) -> Result<u32, HostError> {
-        let export = open_anywhere(attachment)?;
+        let export = open_anywhere(attachment, OPEN_TIME)?;
         let backend = format!("{}\0", backend(attachment));
         let request = [
             number(SIZE_BYTES, export.size),
@@ -207,8 +250,8 @@ impl Shared {
         self.keep_addresses(attachment, &local)
     }
 
-    /// Ends a device's connection from this side. A server that has to end it answers what is under
-    /// way with an error, which Linux takes for one of the disk; after a hang-up it asks again.
+    /// Ends a device's connection from this side: the kernel then asks on the next one what had no
+    /// answer.
     fn hang_up(&self, sockets: &mut BTreeMap<u32, TcpStream>, index: u32, volume_id: &str) {
         if let Some(stream) = sockets.remove(&index) {
             // It may be lost already.
@@ -223,12 +266,14 @@ impl Shared {
     }
 
     /// Gives the kernel a new connection in the place of the one that it had, and with it the size
-    /// that the volume has now.
+    /// that the volume has now. Where there will never be one, because the lease has ended, the
+    /// device is given up: its users hear of it at once, and not when the kernel's patience ends.
     fn reconnect(
         &self,
         sockets: &mut BTreeMap<u32, TcpStream>,
         index: u32,
         attachment: &Attachment,
+        time: Duration,
     ) -> Result<(), HostError> {
         self.hang_up(sockets, index, &attachment.volume_id);
         let backend = format!("{}\0", backend(attachment));
@@ -239,17 +284,29 @@ impl Shared {
         // kernel takes a socket only in the place of one that it knows to be lost, says yes either
         // way, and may end the new one when it notices the loss a second time: what counts is that
         // the device answers, and a socket that did not do is not offered again.
-        let connected = poll(DEVICE_TIME, || {
+        let connected = poll(time, || {
             std::thread::sleep(NOTICE_TIME);
-            let export = open_anywhere(attachment).ok()?;
+            let export = match open_anywhere(attachment, Duration::ZERO) {
+                Ok(export) => export,
+                Err(NotOpen::LeaseOver(error)) => return Some(Err(error)),
+                Err(NotOpen::Yet(_)) => return None,
+            };
             let socket = [device.clone(), socket_attributes(&export)].concat();
             Family::open(FAMILY).and_then(|mut family| family.ask(RECONFIGURE, &socket)).ok()?;
-            can_be_read(&path_of(index), 0, ANSWER_TIME).then_some(export)
+            can_be_read(&path_of(index), 0, ANSWER_TIME).then_some(Ok(export))
         });
-        let export = connected.ok_or_else(|| HostError::Slow {
-            what: format!("the new connection of {}", path_of(index).display()),
-            after: DEVICE_TIME,
-        })?;
+        let export = match connected {
+            Some(Ok(export)) => export,
+            Some(Err(error)) => {
+                tracing::error!(index, %error, "the lease is over: every request fails from now on");
+                disconnect(index)?;
+                return Err(NotOpen::LeaseOver(error).into());
+            }
+            None => {
+                let what = format!("the new connection of {}", path_of(index).display());
+                return Err(HostError::Slow { what, after: time });
+            }
+        };
         let size = [device, number(SIZE_BYTES, export.size)].concat();
         Family::open(FAMILY)
             .and_then(|mut family| family.ask(RECONFIGURE, &size))
@@ -257,48 +314,59 @@ impl Shared {
         self.keep(sockets, index, attachment, export)
     }
 
+    /// Looks after devices for ever: those that the kernel tells of, and again those that have found
+    /// no server so far.
     fn watch(&self, notices: &netlink::Notices) {
-        for (index, backend) in devices() {
-            self.repair(index, &backend);
-        }
+        let all = || devices().into_iter().map(|(index, _)| index).collect::<BTreeSet<u32>>();
+        let (mut suspects, mut lost) = (all(), BTreeSet::new());
         loop {
-            let notices = match notices.next() {
-                Ok(notices) => notices,
-                // Some were lost: look at all.
-                Err(Errno::ENOBUFS) => devices().iter().map(|(index, _)| dead(*index)).collect(),
-                Err(_) => continue,
-            };
-            for (_, attributes) in notices.iter().filter(|(command, _)| *command == LINK_DEAD) {
-                let index = netlink::find(attributes, INDEX).and_then(|it| it.try_into().ok());
-                let Some(index) = index.map(u32::from_le_bytes) else { continue };
-                if let Some((_, backend)) = devices().into_iter().find(|(it, _)| *it == index) {
-                    self.repair(index, &backend);
+            lost.append(&mut suspects.into_iter().filter(|index| self.is_lost(*index)).collect());
+            lost.retain(|index| !self.repair(*index));
+            let time = if lost.is_empty() { QUIET_TIME } else { RETRY_TIME };
+            suspects = match notices.next(time) {
+                Ok(notices) => {
+                    let dead = notices.iter().filter(|(command, _)| *command == LINK_DEAD);
+                    let index = |attributes| netlink::find(attributes, INDEX)?.try_into().ok();
+                    dead.filter_map(|(_, it)| index(it)).map(u32::from_le_bytes).collect()
                 }
-            }
+                // Some were lost: look at all.
+                Err(Errno::ENOBUFS) => all(),
+                Err(_) => BTreeSet::new(),
+            };
         }
     }
 
-    fn repair(&self, index: u32, backend: &str) {
-        let Some((volume_id, export)) =
-            backend.strip_prefix("ballast/").and_then(|rest| rest.split_once('/'))
-        else {
-            return;
+    /// Whether a device has no connection that works.
+    fn is_lost(&self, index: u32) -> bool {
+        let hung_up = |stream: &TcpStream| {
+            let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+            match recv(stream.as_raw_fd(), &mut [0], flags) {
+                Ok(0) => true,
+                Ok(_) | Err(Errno::EAGAIN | Errno::EINTR) => false,
+                Err(_) => true,
+            }
         };
-        let mut sockets = self.sockets();
-        if can_be_read(&path_of(index), 0, ANSWER_TIME) {
-            return;
-        }
+        let known = self.sockets().get(&index).is_some_and(hung_up);
+        ours(index).is_some() && (known || !can_be_read(&path_of(index), 0, ANSWER_TIME))
+    }
+
+    /// Finds a server for a device that has lost its own. Whether there is no more to do.
+    fn repair(&self, index: u32) -> bool {
+        let Some((volume_id, export)) = ours(index) else { return true };
         tracing::warn!(index, export, "connection lost: looking for a server");
         let attachment = Attachment {
-            volume_id: volume_id.to_owned(),
-            export: export.to_owned(),
-            addresses: self.kept(volume_id).0,
             read_only: export.contains("@ro"),
+            addresses: self.kept(&volume_id).0,
+            volume_id,
+            export,
         };
-        match self.reconnect(&mut sockets, index, &attachment) {
+        let repaired = self.reconnect(&mut self.sockets(), index, &attachment, REPAIR_TIME);
+        let export = attachment.export;
+        match &repaired {
             Ok(()) => tracing::info!(index, export, "connected again"),
             Err(error) => tracing::error!(index, export, %error, "not connected"),
         }
+        repaired.is_ok()
     }
 
     /// Servers of a volume, and the near end of its connection.
@@ -315,11 +383,6 @@ impl Shared {
         let text = format!("{}\n{local}\n", addresses.join(","));
         files::write_atomically(&path, text.as_bytes())
     }
-}
-
-/// A notice that nobody sent.
-fn dead(index: u32) -> (u8, Vec<u8>) {
-    (LINK_DEAD, attribute(INDEX, &index.to_le_bytes()))
 }
 
 fn can_be_read(device: &Path, offset: u64, time: Duration) -> bool {
@@ -364,7 +427,7 @@ impl Attacher for KernelAttacher {
         let missing = || HostError::Unexpected(format!("{} is not attached", attachment.export));
         let (index, _) = device.ok_or_else(missing)?;
         if disks::size(&path_of(index))? < at_least {
-            self.shared.reconnect(&mut self.shared.sockets(), index, attachment)?;
+            self.shared.reconnect(&mut self.shared.sockets(), index, attachment, DEVICE_TIME)?;
         }
         let grown = || disks::size(&path_of(index)).ok().filter(|size| *size >= at_least);
         poll(DEVICE_TIME, grown).ok_or_else(|| HostError::Slow {
@@ -383,12 +446,7 @@ impl Attacher for KernelAttacher {
     fn abort(&self, attachment: &Attachment) -> Result<(), HostError> {
         let of_volume = format!("ballast/{}/", attachment.volume_id);
         for (index, _) in devices().iter().filter(|(_, it)| it.starts_with(&of_volume)) {
-            let mut family = Family::open(FAMILY).map_err(refused("be asked"))?;
-            match family.ask(DISCONNECT, &attribute(INDEX, &index.to_le_bytes())) {
-                // Disconnected already.
-                Ok(_) | Err(Errno::EINVAL | Errno::ENODEV) => {}
-                Err(error) => return Err(refused("disconnect")(error)),
-            }
+            disconnect(*index)?;
         }
         Ok(())
     }

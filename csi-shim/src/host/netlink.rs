@@ -140,11 +140,13 @@ pub struct Notices {
 }
 
 impl Notices {
-    /// Waits for the next ones: commands and their attributes.
+    /// Waits for the next ones, so long: commands and their attributes.
     ///
     /// # Errors
-    /// `ENOBUFS` when some were lost.
-    pub fn next(&self) -> Result<Vec<(u8, Vec<u8>)>, Errno> {
+    /// `EAGAIN` when there were none, `ENOBUFS` when some were lost.
+    pub fn next(&self, time: Duration) -> Result<Vec<(u8, Vec<u8>)>, Errno> {
+        let wait = TimeVal::new(time.as_secs() as i64, 0);
+        setsockopt(&self.family.socket, sockopt::ReceiveTimeout, &wait)?;
         let messages = self.family.receive()?.into_iter();
         let ours = messages.filter(|(kind, _, _)| *kind == self.family.id);
         let notice =

@@ -247,14 +247,10 @@ impl Link {
     }
 }
 
-/// NBD's error numbers are Linux's, but for one.
+/// NBD's error numbers are Linux's.
 fn local_error(number: u32) -> Errno {
-    const SHUTDOWN: u32 = 108;
-    match number {
-        SHUTDOWN => Errno::EIO,
-        number => match Errno::from_raw(i32::try_from(number).unwrap_or(0)) {
-            known @ (Errno::EPERM | Errno::ENOSPC | Errno::EINVAL | Errno::ENOMEM) => known,
-            _ => Errno::EIO,
-        },
+    match Errno::from_raw(i32::try_from(number).unwrap_or(0)) {
+        known @ (Errno::EPERM | Errno::ENOSPC | Errno::EINVAL | Errno::ENOMEM) => known,
+        _ => Errno::EIO,
     }
 }

@@ -19,9 +19,6 @@ const PAUSE: Duration = Duration::from_millis(300);
 /// How long the first connection may take: the caller waits for it.
 const FIRST_TIME: Duration = Duration::from_secs(20);
 
-/// NBD's word for a server that stops, or an attachment that was replaced: ask again elsewhere.
-const SHUTDOWN: u32 = 108;
-
 /// What happened.
 pub enum Event {
     /// The export is open; what had no answer must be sent again.
@@ -131,11 +128,11 @@ impl Upstream {
                 return std::future::pending().await;
             };
             match event {
-                // A server that stops asks us to go, and the request was not done.
-                FromTask::Reply { error: SHUTDOWN, .. } => self.search(),
                 FromTask::Reply { cookie, error, data } => {
                     return Event::Reply { cookie, error, data };
                 }
+                // Also what a server does that stops, or whose attachment has been replaced or has lost
+                // its lease: which of them the next handshake says.
                 FromTask::Lost(reason) => {
                     tracing::warn!(reason, "connection lost: looking for a server");
                     self.search();

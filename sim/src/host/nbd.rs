@@ -34,7 +34,7 @@ const CHUNK_ERROR: u16 = 1 << 15;
 
 /// `ENOSPC`: the server says that nothing was done.
 const ENOSPC: u32 = 28;
-/// `ESHUTDOWN`.
+/// `ESHUTDOWN`: never an answer, sessions that have ended are closed.
 const ESHUTDOWN: u32 = 108;
 
 /// A request without success.
@@ -52,11 +52,6 @@ impl NbdError {
     /// Whether the error says that the command had no effect and never will.
     pub fn is_refusal(&self) -> bool {
         matches!(self, NbdError::Errno(ENOSPC))
-    }
-
-    /// Whether the server asks to use another one.
-    pub fn is_shutdown(&self) -> bool {
-        matches!(self, NbdError::Errno(ESHUTDOWN))
     }
 }
 
@@ -316,7 +311,10 @@ impl Waiting {
         start.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "data of another place"))
     }
 
+    /// # Panics
+    /// At an answer that no server gives: Linux would take it for an error of the disk.
     fn finish(self) {
+        assert_ne!(self.error, Some(ESHUTDOWN), "a session that has ended is closed, not answered");
         let outcome = match self.error {
             None => Ok(self.data),
             Some(error) => Err(NbdError::Errno(error)),

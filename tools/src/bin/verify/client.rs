@@ -31,8 +31,6 @@ const MAX_OPTION_REPLY: u32 = 64 << 10;
 
 /// NBD's errno for lack of space.
 pub const NO_SPACE: u32 = 28;
-/// NBD's errno for a server that shuts down.
-pub const SHUTTING_DOWN: u32 = 108;
 
 /// What went wrong between us and a server.
 #[derive(Debug, thiserror::Error)]

@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use crate::client::{Client, Command, NO_SPACE, Receiver, SHUTTING_DOWN};
+use crate::client::{Client, Command, NO_SPACE, Receiver};
 use crate::journal::Journal;
 use crate::meter::Meter;
 use crate::pattern::{self, BLOCK, Content};
@@ -222,9 +222,6 @@ impl Load {
             let seed = self.settings.seed;
             let each = blocks.clone().zip(data.chunks_exact(BLOCK));
             found.extend(each.map(|(b, data)| pattern::recognise(data, seed, b as u64)));
-        }
-        if error == SHUTTING_DOWN {
-            return Err(io::Error::other("the server shuts down"));
         }
         let mut state = self.state();
         state.in_flight.remove(&cookie);
