@@ -216,6 +216,7 @@ impl Refusal {
             Refusal::AnswerIncomplete(_) | Refusal::CallBroken(_) => Code::Internal,
             Refusal::Host(error) => match **error {
                 HostError::Slow { .. } => Code::Unavailable,
+                HostError::LeaseOver(_) => Code::FailedPrecondition,
                 _ => Code::Internal,
             },
             Refusal::Cluster(status) => status.code(),

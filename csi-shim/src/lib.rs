@@ -22,6 +22,7 @@ pub mod node;
 pub mod parameters;
 pub mod serve;
 pub mod size;
+pub mod steps;
 
 /// `csi.v1`, as generated: see `proto/csi.proto`.
 #[allow(missing_docs, clippy::all, clippy::disallowed_methods, clippy::disallowed_types)]

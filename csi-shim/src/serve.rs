@@ -27,7 +27,10 @@ use crate::v1::identity_server::IdentityServer;
 use crate::v1::node_server::NodeServer;
 
 /// How long calls that run at SIGTERM may take to end.
-const LAST_CALLS: Duration = Duration::from_secs(20);
+const LAST_CALLS: Duration = Duration::from_secs(15);
+
+/// How long, after that, work may take whose caller has gone. What is cut off then is as after a kill.
+const LAST_WORK: Duration = Duration::from_secs(5);
 
 /// Why the process can't run.
 #[derive(Debug, Error)]
@@ -91,7 +94,10 @@ pub fn start_logging(level: &str) {
 /// When the command line is wrong or the socket can't be served.
 pub fn run(cli: Cli) -> Result<(), ServeError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    runtime.map_err(ServeError::Runtime)?.block_on(serve(cli))
+    let runtime = runtime.map_err(ServeError::Runtime)?;
+    let result = runtime.block_on(serve(cli));
+    runtime.shutdown_timeout(LAST_WORK);
+    result
 }
 
 async fn serve(cli: Cli) -> Result<(), ServeError> {

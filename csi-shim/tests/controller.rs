@@ -314,6 +314,37 @@ async fn a_second_call_for_a_volume_is_turned_away_while_one_runs() {
     assert_eq!(fake.names().len(), 1);
 }
 
+/// Otherwise a lease could be taken after the release that was asked for later, and stay.
+#[tokio::test]
+async fn a_call_whose_caller_has_gone_runs_to_its_end_before_the_next() {
+    let (fake, controller) = controller().await;
+    let volume = create(&controller, "pvc-1").await;
+    fake.lose_quorum(2);
+    let published = publish(&volume, "node-1", mounted(Mode::SingleNodeWriter));
+    let call = controller.controller_publish_volume(request(published));
+    tokio::time::timeout(Duration::from_millis(50), call).await.expect_err("it takes longer");
+    let unpublish = async || {
+        let it = ControllerUnpublishVolumeRequest {
+            volume_id: volume.volume_id.clone(),
+            node_id: "node-1".to_owned(),
+            ..Default::default()
+        };
+        let answer = controller.controller_unpublish_volume(request(it)).await;
+        answer.map_or_else(|status| status.code(), |_| Code::Ok)
+    };
+    assert_eq!(unpublish().await, Code::Aborted);
+    let mut code = Code::Aborted;
+    while code == Code::Aborted {
+        tokio::task::yield_now().await;
+        code = unpublish().await;
+    }
+    assert_eq!(code, Code::Ok);
+    let id = ControllerGetVolumeRequest { volume_id: volume.volume_id.clone() };
+    let answer = controller.controller_get_volume(request(id)).await.expect("it is there");
+    let status = answer.into_inner().status.expect("a status");
+    assert!(status.published_node_ids.is_empty(), "{status:?}");
+}
+
 #[tokio::test]
 async fn validation_confirms_or_says_why_not() {
     let (_fake, controller) = controller().await;

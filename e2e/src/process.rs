@@ -143,14 +143,24 @@ pub fn send(pid: u32, signal: Signal) {
 ///
 /// Its first thread may be dead while others still hold its files and locks: then it still runs.
 pub fn is_alive(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
+    let state = state(pid);
     let threads = || fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
     match state {
         None => false,
         Some('Z' | 'X') => threads() > 1,
         Some(_) => true,
     }
+}
+
+/// Whether a process stands still after SIGSTOP.
+pub fn is_stopped(pid: u32) -> bool {
+    state(pid) == Some('T')
+}
+
+/// The letter by which /proc tells what a process does.
+fn state(pid: u32) -> Option<char> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(") ").next().and_then(|rest| rest.chars().next())
 }
 
 /// SIGKILL, and back when the process is gone with all that it held open.

@@ -3,7 +3,6 @@
 mod csi_driver;
 
 use std::fs;
-use std::time::Duration;
 
 use ballast_csi_shim::v1::volume_capability::access_mode::Mode;
 use ballast_csi_shim::v1::volume_usage::Unit;
@@ -184,38 +183,6 @@ fn a_volume_whose_superblock_is_destroyed_is_refused_and_never_formatted() {
     assert_eq!(precious.expect("it is there"), "precious");
     csi.finish(&used);
     csi.assert_nothing_left();
-}
-
-/// Kills the driver ever later in each of the four calls; the repeated call ends well.
-#[test]
-fn a_driver_that_is_killed_between_any_two_steps_goes_on_where_it_was() {
-    let mut csi = Csi::start("csi-killed");
-    let delays: Vec<Duration> = (0..12).map(|step| Duration::from_millis(step * 50)).collect();
-    for (round, delay) in delays.into_iter().enumerate() {
-        let used = csi.create(&format!("data-{round}"), 64, mounted(Mode::SingleNodeWriter, ""));
-        let mut killed = |call: &dyn Fn(&Csi) -> Result<(), tonic::Status>| {
-            csi.kill_driver_during(delay, call);
-            csi.start_driver();
-            call(&csi).unwrap_or_else(|status| panic!("after {delay:?}: {status:?}"));
-        };
-        killed(&|csi| csi.stage(&used));
-        killed(&|csi| csi.publish(&used, "pod").map(drop));
-        let file = format!("{}/file", csi.file("pod"));
-        fs::write(&file, delay.as_millis().to_string()).expect("a file can be written");
-        let mut killed = |call: &dyn Fn(&Csi) -> Result<(), tonic::Status>| {
-            csi.kill_driver_during(delay, call);
-            csi.start_driver();
-            call(&csi).unwrap_or_else(|status| panic!("after {delay:?}: {status:?}"));
-        };
-        killed(&|csi| csi.unpublish(&used, "pod"));
-        killed(&|csi| csi.unstage(&used));
-        csi.stage(&used).expect("it is staged again");
-        let file = format!("{}/file", used.staging);
-        let kept = fs::read_to_string(file).expect("the file is there");
-        assert_eq!(kept, delay.as_millis().to_string());
-        csi.finish(&used);
-        csi.assert_nothing_left();
-    }
 }
 
 #[test]

@@ -15,6 +15,7 @@ use nix::unistd::Pid;
 use super::{Attacher, Attachment, State};
 use crate::host::{HostError, disks, files, mounts, poll, within};
 use crate::link::{self, fuse};
+use crate::steps::{self, Step};
 
 /// How long a new link may look for a server; longer than it does by itself.
 const START_TIME: Duration = Duration::from_secs(30);
@@ -65,6 +66,7 @@ impl FuseAttacher {
         // A process group of its own: what is told to this one's is not told to the link.
         command.process_group(0).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         let mut child = command.spawn().map_err(missing)?;
+        steps::reached(Step::LinkStarted);
         let mut ended = None;
         let ready = poll(START_TIME, || {
             ended = child.try_wait().ok().flatten();
@@ -74,6 +76,7 @@ impl FuseAttacher {
         if ready == Some(true) {
             // It is this process's child until then, and init's after; somebody must see its end.
             std::thread::spawn(move || child.wait());
+            steps::reached(Step::LinkMounted);
             return Ok(());
         }
         // It may have ended already.
@@ -83,6 +86,9 @@ impl FuseAttacher {
         // Without a log there is less to say.
         let _ = File::open(&log_path).and_then(|mut log| log.read_to_string(&mut said));
         let output = said.trim().lines().last().unwrap_or("no answer in time").to_owned();
+        if ended.and_then(|status| status.code()) == Some(i32::from(link::LEASE_OVER_EXIT)) {
+            return Err(HostError::LeaseOver(output));
+        }
         let status = ended.map_or_else(|| "killed".to_owned(), |status| status.to_string());
         Err(HostError::Program { program: "the link".to_owned(), status, output })
     }
@@ -194,14 +200,21 @@ impl Attacher for FuseAttacher {
             self.abort(attachment)?;
             disks::remove_loops(&file)?;
         }
+        steps::reached(Step::LoopRemoved);
+        if !is_mounted(&file)? {
+            // A link that did not get so far has nothing to lose, and may mount at any moment.
+            self.abort(attachment)?;
+        }
         if mounts::unmount(&file, LINK_TIME).is_err() {
             self.abort(attachment)?;
             mounts::unmount_lazily(&file)?;
         }
+        steps::reached(Step::LinkUnmounted);
         let gone = || self.links(attachment).is_empty().then_some(());
         if poll(LINK_TIME, gone).is_none() {
             self.abort(attachment)?;
         }
+        steps::reached(Step::LinkEnded);
         for path in [file, folder.join("link.log")] {
             files::remove_target(&path)?;
         }

@@ -150,7 +150,7 @@ enum NotOpen {
 impl From<NotOpen> for HostError {
     fn from(not_open: NotOpen) -> HostError {
         match not_open {
-            NotOpen::LeaseOver(error) => HostError::Unexpected(error.to_string()),
+            NotOpen::LeaseOver(error) => HostError::LeaseOver(error.to_string()),
             NotOpen::Yet(error) => error,
         }
     }

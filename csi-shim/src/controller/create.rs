@@ -7,6 +7,7 @@ use crate::cluster::Asking;
 use crate::error::{Refusal, required};
 use crate::parameters::{self, Parameters, Placement};
 use crate::size::{Wanted, to_wire};
+use crate::steps::{self, Step};
 use crate::v1::volume_content_source::Type as Source;
 use crate::v1::{CreateVolumeRequest, CreateVolumeResponse, TopologyRequirement, Volume};
 use crate::{NODE_TOPOLOGY_KEY, modes, names};
@@ -50,6 +51,7 @@ impl ControllerService {
                     async move { client.create_volume(request).await }
                 };
                 let volume = asking.ask(create).await?.volume;
+                steps::reached(Step::VolumeCreated);
                 volume.ok_or(Refusal::AnswerIncomplete("volume"))?
             }
         };

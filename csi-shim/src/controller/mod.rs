@@ -1,6 +1,7 @@
 //! The Controller service: volumes and leases of the cluster.
 //!
-//! Keeps nothing: every answer comes from the cluster. Calls for one volume run one at a time.
+//! Keeps nothing: every answer comes from the cluster. Calls for one volume run one at a time, and
+//! those that change something to their end, also when their caller has gone.
 
 mod capacity;
 mod create;
@@ -15,6 +16,7 @@ use tonic::{Request, Response, Status};
 use crate::cluster::{Asking, Cluster};
 use crate::error::{Refusal, required};
 use crate::locks::Locks;
+use crate::steps::{self, Step};
 use crate::v1::controller_server::Controller;
 use crate::v1::controller_service_capability::{Rpc, Type, rpc};
 use crate::v1::*;
@@ -43,6 +45,7 @@ pub enum Hosts {
 }
 
 /// The service.
+#[derive(Clone)]
 pub struct ControllerService {
     cluster: Cluster,
     hosts: Hosts,
@@ -54,6 +57,25 @@ impl ControllerService {
     /// For this cluster, whose nodes serve NBD on this port.
     pub fn new(cluster: Cluster, hosts: Hosts, nbd_port: u16) -> ControllerService {
         ControllerService { cluster, hosts, nbd_port, locks: Locks::default() }
+    }
+
+    /// Does a call's work to its end: a lease that were still being taken for a caller that has gone
+    /// would come after the release that the next caller asks for, and stay.
+    async fn work<Q, A, F>(
+        &self,
+        call: &'static str,
+        request: Request<Q>,
+        about: String,
+        work: impl FnOnce(ControllerService, Asking, Q) -> F,
+    ) -> Result<Response<A>, Status>
+    where
+        A: Send + 'static,
+        F: Future<Output = Result<A, Refusal>> + Send + 'static,
+    {
+        let asking = self.cluster.asked_by(&request);
+        let work = work(self.clone(), asking, request.into_inner());
+        let done = tokio::spawn(async move { answer(call, &about, work.await) });
+        done.await.unwrap_or_else(|_| Err(Refusal::CallBroken(call).into()))
     }
 
     async fn delete(&self, asking: &Asking, id: &str) -> Result<DeleteVolumeResponse, Refusal> {
@@ -69,6 +91,7 @@ impl ControllerService {
                     async move { client.delete_volume(request).await }
                 };
                 asking.ask(delete).await?;
+                steps::reached(Step::VolumeDeleted);
             }
         }
         Ok(DeleteVolumeResponse {})
@@ -136,38 +159,44 @@ impl Controller for ControllerService {
         &self,
         request: Request<CreateVolumeRequest>,
     ) -> Result<Response<CreateVolumeResponse>, Status> {
-        let asking = self.cluster.asked_by(&request);
-        let request = request.into_inner();
-        answer("CreateVolume", &request.name, self.create(&asking, &request).await)
+        let about = request.get_ref().name.clone();
+        self.work("CreateVolume", request, about, |it, asking, request| async move {
+            it.create(&asking, &request).await
+        })
+        .await
     }
 
     async fn delete_volume(
         &self,
         request: Request<DeleteVolumeRequest>,
     ) -> Result<Response<DeleteVolumeResponse>, Status> {
-        let asking = self.cluster.asked_by(&request);
-        let id = request.into_inner().volume_id;
-        answer("DeleteVolume", &id, self.delete(&asking, &id).await)
+        let about = request.get_ref().volume_id.clone();
+        self.work("DeleteVolume", request, about, |it, asking, request| async move {
+            it.delete(&asking, &request.volume_id).await
+        })
+        .await
     }
 
     async fn controller_publish_volume(
         &self,
         request: Request<ControllerPublishVolumeRequest>,
     ) -> Result<Response<ControllerPublishVolumeResponse>, Status> {
-        let asking = self.cluster.asked_by(&request);
-        let request = request.into_inner();
-        let result = self.publish(&asking, &request).await;
-        answer("ControllerPublishVolume", &request.volume_id, result)
+        let about = request.get_ref().volume_id.clone();
+        self.work("ControllerPublishVolume", request, about, |it, asking, request| async move {
+            it.publish(&asking, &request).await
+        })
+        .await
     }
 
     async fn controller_unpublish_volume(
         &self,
         request: Request<ControllerUnpublishVolumeRequest>,
     ) -> Result<Response<ControllerUnpublishVolumeResponse>, Status> {
-        let asking = self.cluster.asked_by(&request);
-        let request = request.into_inner();
-        let result = self.unpublish(&asking, &request).await;
-        answer("ControllerUnpublishVolume", &request.volume_id, result)
+        let about = request.get_ref().volume_id.clone();
+        self.work("ControllerUnpublishVolume", request, about, |it, asking, request| async move {
+            it.unpublish(&asking, &request).await
+        })
+        .await
     }
 
     async fn validate_volume_capabilities(
@@ -211,10 +240,11 @@ impl Controller for ControllerService {
         &self,
         request: Request<ControllerExpandVolumeRequest>,
     ) -> Result<Response<ControllerExpandVolumeResponse>, Status> {
-        let asking = self.cluster.asked_by(&request);
-        let request = request.into_inner();
-        let result = self.expand(&asking, &request).await;
-        answer("ControllerExpandVolume", &request.volume_id, result)
+        let about = request.get_ref().volume_id.clone();
+        self.work("ControllerExpandVolume", request, about, |it, asking, request| async move {
+            it.expand(&asking, &request).await
+        })
+        .await
     }
 
     async fn controller_get_volume(

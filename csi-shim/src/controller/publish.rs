@@ -12,6 +12,7 @@ use crate::cluster::Asking;
 use crate::context::{Address, PublishContext};
 use crate::error::{Refusal, required};
 use crate::modes;
+use crate::steps::{self, Step};
 use crate::v1::{
     ControllerPublishVolumeRequest, ControllerPublishVolumeResponse,
     ControllerUnpublishVolumeRequest, ControllerUnpublishVolumeResponse,
@@ -46,6 +47,7 @@ impl ControllerService {
             async move { client.acquire_lease(acquire).await }
         };
         let answer = asking.ask(take).await?;
+        steps::reached(Step::LeaseTaken);
         let lease = answer.lease.ok_or(Refusal::AnswerIncomplete("lease"))?;
         let volume = answer.volume.ok_or(Refusal::AnswerIncomplete("volume"))?;
         let context = PublishContext {
@@ -91,6 +93,7 @@ impl ControllerService {
             };
             asking.ask(release).await?;
         }
+        steps::reached(Step::LeaseReleased);
         Ok(ControllerUnpublishVolumeResponse {})
     }
 }

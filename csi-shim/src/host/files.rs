@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use super::HostError;
+use crate::steps::{self, Step};
 
 /// Writes a file so that after a crash it is the old one or the new one, whole.
 ///
@@ -16,20 +17,26 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), HostError> {
     let mut file = File::create(&new).map_err(HostError::file(&new, "made"))?;
     file.write_all(bytes).map_err(HostError::file(&new, "written"))?;
     file.sync_all().map_err(HostError::file(&new, "synced"))?;
+    steps::reached(Step::RecordHalfWritten);
     fs::rename(&new, path).map_err(HostError::file(path, "replaced"))?;
     sync_folder(folder)
 }
 
-/// Removes a file, durably; one that is not there is no error.
+/// Removes a file, durably, and what [`write_atomically`] left of it when it was killed; what is not
+/// there is no error.
 ///
 /// # Errors
 /// When the file system refuses.
 pub fn remove(path: &Path) -> Result<(), HostError> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(HostError::file(path, "removed")(error)),
-        Ok(()) => sync_folder(path.parent().unwrap_or(Path::new("/"))),
+    let mut removed = false;
+    for path in [&path.with_extension("new"), path] {
+        match fs::remove_file(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(HostError::file(path, "removed")(error)),
+            Ok(()) => removed = true,
+        }
     }
+    if removed { sync_folder(path.parent().unwrap_or(Path::new("/"))) } else { Ok(()) }
 }
 
 /// Removes a file or an empty folder, whichever there is.

@@ -67,6 +67,9 @@ pub enum HostError {
         #[source]
         error: Errno,
     },
+    /// No server opens the export, now or later: its lease is over.
+    #[error("{0}: publish the volume again")]
+    LeaseOver(String),
     /// What the kernel says can't be understood.
     #[error("{0}")]
     Unexpected(String),

@@ -126,11 +126,10 @@ pub fn mount_device(
 ///
 /// # Errors
 /// When the kernel refuses.
-pub fn bind(source: &Path, target: &Path, read_only: bool) -> Result<(), HostError> {
+pub fn bind(source: &Path, target: &Path) -> Result<(), HostError> {
     let bind = MsFlags::MS_BIND;
     mount(Some(source), target, None::<&str>, bind, None::<&str>)
-        .map_err(HostError::mount(target, "mounted"))?;
-    if read_only { remount_read_only(target) } else { Ok(()) }
+        .map_err(HostError::mount(target, "mounted"))
 }
 
 /// Makes a bind mount refuse writes. The other flags of the mount stay.

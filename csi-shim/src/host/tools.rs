@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use super::{HostError, poll};
+use crate::steps;
 
 /// What a program said and how it ended.
 #[derive(Debug)]
@@ -35,6 +36,7 @@ pub fn run(program: &str, arguments: &[&str], time: Duration) -> Result<Ended, H
         .stderr(Stdio::piped())
         .spawn()
         .map_err(missing)?;
+    steps::reached_start_of(program);
     let output = child.stdout.take().map(read_all);
     let errors = child.stderr.take().map(read_all);
     let ended = poll(time, || child.try_wait().ok().flatten());

@@ -21,6 +21,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use clap::Parser;
 use nix::errno::Errno;
+use thiserror::Error;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
@@ -28,11 +29,14 @@ use tokio::time::Instant;
 
 use crate::context::Address;
 use fuse::Operation;
-use nbd::Command;
+use nbd::{Command, ConnectError};
 use upstream::{Event, Upstream};
 
 /// The word on the command line that makes a link of this program.
 pub const SUBCOMMAND: &str = "fuse-link";
+
+/// The exit code of a link that was told that its lease is over.
+pub const LEASE_OVER_EXIT: u8 = 3;
 
 /// Requests without an answer, at most: above, nothing more is read from the kernel.
 const WAITING_MAX: usize = 128;
@@ -62,7 +66,7 @@ pub struct LinkCli {
 ///
 /// # Errors
 /// When no server opens the export, or the file can't be mounted over.
-pub fn run(cli: &LinkCli) -> Result<(), Box<dyn std::error::Error>> {
+pub fn run(cli: &LinkCli) -> Result<(), LinkError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut upstream = Upstream::new(&cli.export, &cli.addresses);
@@ -89,6 +93,27 @@ pub fn run(cli: &LinkCli) -> Result<(), Box<dyn std::error::Error>> {
         link.serve().await?;
         Ok(())
     })
+}
+
+/// Why a link ends badly.
+#[derive(Debug, Error)]
+pub enum LinkError {
+    /// No server opened the export.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// The host refuses, or the device failed.
+    #[error(transparent)]
+    Host(#[from] io::Error),
+}
+
+impl LinkError {
+    /// For the exit of the process.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            LinkError::Connect(ConnectError::Refused { for_good: true, .. }) => LEASE_OVER_EXIT,
+            _ => 1,
+        }
+    }
 }
 
 struct Waiting {

@@ -14,6 +14,7 @@ use super::record::Record;
 use crate::cluster::Asking;
 use crate::error::Refusal;
 use crate::host::{HostError, disks, tools};
+use crate::steps::{self, Step};
 
 /// How long making a file system may take: little is written to a blank volume.
 const MAKE_TIME: Duration = Duration::from_secs(120);
@@ -29,9 +30,12 @@ pub fn ensure(asking: &Asking, record: &Record, device: &Path) -> Result<(), Ref
     if !record.read_only {
         let answer = ask(asking, record, api::VolumeContent::Formatting)?;
         if !answer.refused {
+            steps::reached(Step::FormattingNoted);
             tracing::info!(volume = record.volume_id, fs = record.fs_type, "formatting");
             make(device, &record.fs_type, answer.ever_written)?;
+            steps::reached(Step::Made);
             let recorded = ask(asking, record, api::VolumeContent::Filesystem)?;
+            steps::reached(Step::ContentNoted);
             if recorded.refused {
                 return Err(unusable(record, "its content changed while it was formatted"));
             }

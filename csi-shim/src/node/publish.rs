@@ -10,6 +10,7 @@ use crate::host::mounts::Mount;
 use crate::host::{HostError, files, mounts};
 use crate::modes::{self, Use};
 use crate::names;
+use crate::steps::{self, Step};
 use crate::v1::{
     NodePublishVolumeRequest, NodePublishVolumeResponse, NodeUnpublishVolumeRequest,
     NodeUnpublishVolumeResponse,
@@ -44,6 +45,7 @@ impl Worker {
         let source = self.source(&record)?;
         let mut record = record;
         self.admit(&mut record, &wanted, &target, read_only)?;
+        steps::reached(Step::TargetNoted);
         match mounts::at(&target)? {
             Some(there) if shows(&there, &source, record.block)? => {
                 // A death between the bind and the remount leaves it writable.
@@ -60,7 +62,12 @@ impl Worker {
         } else {
             files::make_folder(&target)?
         }
-        mounts::bind(&source, &target, read_only)?;
+        steps::reached(Step::TargetMade);
+        mounts::bind(&source, &target)?;
+        steps::reached(Step::Bound);
+        if read_only {
+            mounts::remount_read_only(&target)?;
+        }
         Ok(NodePublishVolumeResponse {})
     }
 
@@ -132,7 +139,9 @@ impl Worker {
             }
             done => done?,
         }
+        steps::reached(Step::Unbound);
         files::remove_target(&target)?;
+        steps::reached(Step::TargetRemoved);
         if names::is_volume_id(id)
             && let Some(mut record) = self.records.read(id)?
         {
@@ -140,6 +149,7 @@ impl Worker {
             record.published.retain(|published| published.target != target);
             if record.published.len() != before {
                 self.records.write(&record)?;
+                steps::reached(Step::TargetForgotten);
             }
         }
         Ok(NodeUnpublishVolumeResponse {})

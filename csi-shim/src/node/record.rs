@@ -217,8 +217,11 @@ mod tests {
         assert_eq!(records.read(ID).unwrap().as_ref(), Some(&record));
         fs::write(records.path(ID), "{").unwrap();
         assert!(records.read(ID).is_err(), "a damaged record is not taken for none");
+        // A life that was killed while it wrote.
+        fs::write(records.path(ID).with_extension("new"), "{").unwrap();
         records.remove(ID).unwrap();
         records.remove(ID).unwrap();
+        assert_eq!(fs::read_dir(&records.folder).unwrap().count(), 0);
         fs::remove_dir_all(folder).unwrap();
     }
 

@@ -5,6 +5,8 @@
 
 use std::path::Path;
 
+use tokio::runtime::Handle;
+
 use super::record::{Record, Staging};
 use super::{Worker, content, known_id, path};
 use crate::attach::State;
@@ -14,6 +16,7 @@ use crate::error::{Refusal, required};
 use crate::host::{files, mounts};
 use crate::modes::{self, Access, FILE_SYSTEMS};
 use crate::parameters;
+use crate::steps::{self, Step};
 use crate::v1::{NodeStageVolumeRequest, NodeStageVolumeResponse};
 
 impl Worker {
@@ -46,13 +49,34 @@ impl Worker {
         });
         let _held = self.hold(id)?;
         let record = self.begin(record)?;
+        steps::reached(Step::RecordWritten);
+        if self.is_used(&record)? {
+            return Ok(NodeStageVolumeResponse {});
+        }
+        // Servers refuse what they do not know, and might yet hear of it: that takes long to be sure of.
+        Handle::current().block_on(asking.volume(id))?;
         let device = self.attacher.attach(&record.attachment())?;
+        steps::reached(Step::Attached);
         if record.block {
             content::ensure_raw(asking, &record)?;
         } else {
             self.mount(asking, &record, &device)?;
         }
         Ok(NodeStageVolumeResponse {})
+    }
+
+    /// Whether the volume is attached under this lease and shows somewhere. Then nothing is left to
+    /// do, and nothing may be undone: a server that is silent now may be back before anybody's
+    /// patience ends, and an attachment that is made anew would be an I/O error to who uses it.
+    fn is_used(&self, record: &Record) -> Result<bool, Refusal> {
+        let State::Attached(device) = self.attacher.state(&record.attachment())? else {
+            return Ok(false);
+        };
+        if record.block {
+            return self.is_published(record).map(|target| target.is_some());
+        }
+        let mounted = mounts::at(&record.staging)?;
+        Ok(mounted.is_some() && mounted.map(|it| it.device) == mounts::device_numbers(&device).ok())
     }
 
     /// Writes the record of what is about to be done; what an earlier life recorded must agree.
@@ -86,6 +110,7 @@ impl Worker {
             mounts::unmount_lazily(&record.staging)?;
         }
         content::ensure(asking, record, device)?;
+        steps::reached(Step::Checked);
         files::make_folder(&record.staging)?;
         let mut options = record.flags.clone();
         if record.read_only {
@@ -95,6 +120,7 @@ impl Worker {
             options.push(unread.to_owned());
         }
         mounts::mount_device(device, &record.staging, &record.fs_type, &options)?;
+        steps::reached(Step::Mounted);
         Ok(())
     }
 

@@ -1,6 +1,6 @@
 //! NodeUnstageVolume: unmount and detach, also when no server answers any more.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::record::Record;
@@ -8,6 +8,7 @@ use super::{Worker, known_id, path};
 use crate::error::{Refusal, required};
 use crate::host::{HostError, mounts};
 use crate::names;
+use crate::steps::{self, Step};
 use crate::v1::{NodeUnstageVolumeRequest, NodeUnstageVolumeResponse};
 
 /// How long what was written may take to get to servers that answer.
@@ -33,34 +34,48 @@ impl Worker {
                 self.refuse_in_use(&record)?;
                 self.take_down(&record)?;
                 self.records.remove(id)?;
+                steps::reached(Step::RecordRemoved);
             }
             // Staged elsewhere: not here.
             Some(_) => {}
             // Without a record there was no attachment; a mount may be left of other hands.
-            None => mounts::unmount(&staging, WRITE_BACK_TIME)?,
+            None => {
+                mounts::unmount(&staging, WRITE_BACK_TIME)?;
+                // Of a record that was not whole yet.
+                self.records.remove(id)?;
+            }
         }
         Ok(NodeUnstageVolumeResponse {})
     }
 
     /// A volume that pods still see stays: the orchestrator unpublishes first.
     pub(super) fn refuse_in_use(&self, record: &Record) -> Result<(), Refusal> {
-        for published in &record.published {
-            if mounts::at(&published.target)?.is_some() {
-                return Err(Refusal::PublishedStill {
-                    volume: record.volume_id.clone(),
-                    target: published.target.clone(),
-                });
+        match self.is_published(record)? {
+            None => Ok(()),
+            Some(target) => {
+                Err(Refusal::PublishedStill { volume: record.volume_id.clone(), target })
             }
         }
-        Ok(())
+    }
+
+    /// Where a pod sees the volume, if one does.
+    pub(super) fn is_published(&self, record: &Record) -> Result<Option<PathBuf>, Refusal> {
+        for published in &record.published {
+            if mounts::at(&published.target)?.is_some() {
+                return Ok(Some(published.target.clone()));
+            }
+        }
+        Ok(None)
     }
 
     /// Unmounts and detaches.
     pub(super) fn take_down(&self, record: &Record) -> Result<(), Refusal> {
         if !record.block {
             self.unmount_staged(record, &record.staging)?;
+            steps::reached(Step::Unmounted);
         }
         self.attacher.detach(&record.attachment())?;
+        steps::reached(Step::Detached);
         Ok(())
     }
 

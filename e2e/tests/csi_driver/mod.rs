@@ -2,10 +2,13 @@
 
 #![allow(dead_code, reason = "each file of tests uses its part")]
 
+mod left;
+
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ballast_csi_shim::steps::{self, Step};
 use ballast_csi_shim::v1::controller_client::ControllerClient;
 use ballast_csi_shim::v1::node_client::NodeClient;
 use ballast_csi_shim::v1::volume_capability::access_mode::Mode;
@@ -37,6 +40,7 @@ pub struct Driver {
     mode: &'static str,
     host: &'static str,
     folder: PathBuf,
+    stop_at: Option<Step>,
 }
 
 impl Deref for Csi {
@@ -92,21 +96,12 @@ impl Csi {
         self.driver.start(&self.cluster.nodes(), None);
     }
 
-    /// Makes a call and kills the driver so long after its beginning; the call's own end, good or
-    /// bad, is of no interest.
-    pub fn kill_driver_during(
-        &mut self,
-        delay: Duration,
-        call: &dyn Fn(&Csi) -> Result<(), Status>,
-    ) {
-        let pid = self.driver().pid();
-        let killer = std::thread::spawn(move || {
-            std::thread::sleep(delay);
-            process::kill_and_wait(pid);
-        });
-        let _ = call(self);
-        killer.join().expect("the killer does not panic");
+    /// Ends the driver, dead or alive, and starts one that stops itself at this step.
+    #[track_caller]
+    pub fn start_driver_stopping_at(&mut self, step: Option<Step>) {
         self.driver.process = None;
+        self.driver.stop_at = step;
+        self.start_driver();
     }
 
     /// The driver's process.
@@ -114,12 +109,11 @@ impl Csi {
         self.driver.process()
     }
 
-    /// Nothing of any volume is left on this host: no mount, loop device, process, record, lease.
+    /// Nothing of any volume is left on this host, nor in the cluster.
     #[track_caller]
     pub fn assert_nothing_left(&self) {
         self.driver.assert_nothing_left();
-        let leases = self.cluster.ballastctl(1, &["lease", "list", "-o", "json"]);
-        assert!(!leases.contains("\"host\""), "{leases}");
+        left::assert_cluster_is_empty(&self.cluster);
     }
 }
 
@@ -128,7 +122,7 @@ impl Driver {
     pub fn new(scratch: &Scratch, folder: &str, mode: &'static str, host: &'static str) -> Driver {
         let folder = scratch.path().join(folder);
         std::fs::create_dir_all(&folder).expect("a folder can be made");
-        Driver { process: None, mode, host, folder }
+        Driver { process: None, mode, host, folder, stop_at: None }
     }
 
     /// Starts it, cut off with an island if there is one, and waits until it answers. Nodes are
@@ -141,7 +135,9 @@ impl Driver {
         let addresses = join(nodes.iter().map(|node| nbd(&node.nbd)).collect());
         let program = scratch::program("ballast-csi").display().to_string();
         let (endpoint, state) = (self.endpoint(), self.file("state"));
-        let mut command = vec![&*program, "--mode", self.mode, "--endpoint", &endpoint];
+        let stop_at = self.stop_at.map(|step| format!("{}={step:?}", steps::STOP_AT));
+        let mut command: Vec<&str> = stop_at.iter().flat_map(|it| ["env", it]).collect();
+        command.extend([&*program, "--mode", self.mode, "--endpoint", &endpoint]);
         command.extend(["--ballast", &daemons, "--node-id", self.host, "--state-dir", &state]);
         command.extend(["--nbd", "fuse", "--nbd-address", &addresses]);
         let command = match island {
@@ -224,17 +220,22 @@ impl Driver {
     /// Creates a volume that is published nowhere yet.
     #[track_caller]
     pub fn create_volume(&self, name: &str, mib: i64, capability: VolumeCapability) -> Used {
-        let request = CreateVolumeRequest {
-            name: name.to_owned(),
-            capacity_range: Some(CapacityRange { required_bytes: mib * MIB, limit_bytes: 0 }),
-            volume_capabilities: vec![capability.clone()],
-            ..Default::default()
-        };
-        let created = self.controller(async |mut it| it.create_volume(request).await);
-        let volume = created.expect("the volume is created").volume.expect("a volume");
+        let volume = self.ask_for(name, mib, &capability).expect("the volume is created");
         let staging = self.file(&format!("{name}.staging"));
         std::fs::create_dir_all(&staging).expect("a folder can be made");
         Used { volume, capability, context: Default::default(), staging }
+    }
+
+    /// Asks for a volume.
+    pub fn ask_for(&self, name: &str, mib: i64, it: &VolumeCapability) -> Result<Volume, Status> {
+        let request = CreateVolumeRequest {
+            name: name.to_owned(),
+            capacity_range: Some(CapacityRange { required_bytes: mib * MIB, limit_bytes: 0 }),
+            volume_capabilities: vec![it.clone()],
+            ..Default::default()
+        };
+        let created = self.controller(async |mut it| it.create_volume(request).await)?;
+        Ok(created.volume.expect("a volume"))
     }
 
     /// Publishes to this host.
