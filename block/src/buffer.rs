@@ -181,6 +181,12 @@ impl Default for BufferPool {
 }
 
 impl BufferPool {
+    /// Bytes of memory that a buffer of `len` bytes takes.
+    pub fn capacity_of(len: usize) -> usize {
+        let class = BUFFER_SIZE_CLASSES.iter().copied().find(|&size| size >= len);
+        class.unwrap_or_else(|| len.next_multiple_of(BLOCK_SIZE))
+    }
+
     /// A buffer of `len` bytes with undefined (but initialised) contents.
     pub fn get(&self, len: usize) -> AlignedBuf {
         let Some(size) = BUFFER_SIZE_CLASSES.iter().copied().find(|&size| size >= len) else {
@@ -219,5 +225,13 @@ mod tests {
         let pool = BufferPool::default();
         let largest = BUFFER_SIZE_CLASSES[BUFFER_SIZE_CLASSES.len() - 1];
         assert_eq!(pool.get(largest + 1).len(), largest + 1);
+    }
+
+    #[test]
+    fn capacity_is_what_a_buffer_takes() {
+        let pool = BufferPool::default();
+        for len in [1, 4096, 4097, 17 << 10, 1 << 20, (1 << 20) + 1, 32 << 20] {
+            assert_eq!(pool.get(len).capacity(), BufferPool::capacity_of(len), "{len}");
+        }
     }
 }

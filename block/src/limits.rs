@@ -54,6 +54,16 @@ pub const BUFFER_POOL_BYTES_MAX: usize = 64 << 20;
 /// above. Two largest NBD requests, so that a big one does not stop the next from arriving.
 pub const CONNECTION_INFLIGHT_BYTES_MAX: usize = 2 * NBD_REQUEST_BYTES_MAX;
 
+/// What one host connection may hold in any case, in bytes: 64 blocks. Beyond it takes part in
+/// [`REQUEST_MEMORY_BYTES`], where others may be first. All connections that there may be, with so
+/// much each, need 256 MiB.
+pub const NBD_CONNECTION_OWN_BYTES: usize = 256 << 10;
+
+/// What all connections of a node together may hold beyond that, in bytes, unless configured:
+/// sixty clients with 32 writes of 128 KiB each, and a quarter of a second of a fast network. What
+/// two other nodes forward here can be as much each.
+pub const REQUEST_MEMORY_BYTES: usize = 256 << 20;
+
 /// Commands of one host connection in flight: bounds the apply-side window of request numbers.
 pub const CONNECTION_INFLIGHT_COMMANDS_MAX: usize = 256;
 

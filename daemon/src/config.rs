@@ -170,11 +170,13 @@ impl Default for Volumes {
 pub struct Memory {
     /// Whether it is kept from being paged out.
     pub lock: bool,
+    /// What clients' requests may hold together; none: `limits::REQUEST_MEMORY_BYTES`.
+    pub requests: Option<Size>,
 }
 
 impl Default for Memory {
     fn default() -> Self {
-        Self { lock: true }
+        Self { lock: true, requests: None }
     }
 }
 
@@ -293,6 +295,7 @@ mod tests {
         assert_eq!(plain.retention_bytes, settings.retention_bytes);
         assert_eq!(plain.leader_follows_writer, settings.leader_follows_writer);
         assert_eq!(plain.leases, settings.leases);
+        assert_eq!(plain.request_memory, settings.request_memory);
     }
 
     #[test]
@@ -365,6 +368,8 @@ mod tests {
             ("election_max_ms = 700", "election_max_ms = 400", "election_max_ms"),
             ("retention = \"256MiB\"", "retention = \"1KiB\"", "retention"),
             ("retention = \"256MiB\"", "retention = \"much\"", "much"),
+            ("requests = \"256MiB\"", "requests = \"31MiB\"", "at least 32MiB"),
+            ("requests = \"256MiB\"", "requests = \"all\"", "all"),
         ] {
             let error = check(from, to);
             assert!(error.contains(names), "{to}: {error}");

@@ -14,6 +14,7 @@ use ballast_node::leases::LeasePolicy;
 
 use crate::cli::Overrides;
 use crate::config::{ConfigError, ConfigFile, Leases, ListenAddress, Log, NodeEntry, RaftTimes};
+use crate::size::Size;
 
 /// Shortest heartbeat: below it, heartbeats of many idle volumes alone load a core.
 const HEARTBEAT_MIN: Duration = Duration::from_millis(10);
@@ -81,6 +82,8 @@ impl Settings {
         if let Some(retention) = file.volumes.retention {
             node.retention_bytes = check_retention(retention.0)?;
         }
+        let requests = file.memory.requests.map(|Size(bytes)| bytes);
+        node.request_memory = request_memory(requests, pools.len())?;
         let (grpc, metrics) = (file.listen.grpc, file.listen.metrics);
         let shard = |pool| NodeConfig { pool, ..node.clone() };
         let shards = pools.into_iter().map(shard).collect();
@@ -204,9 +207,21 @@ fn check_retention(bytes: u64) -> Result<u64, ConfigError> {
     if (least..=POOL_RETENTION_BYTES_MAX).contains(&bytes) {
         return Ok(bytes);
     }
-    let range =
-        format!("{} to {}", crate::size::Size(least), crate::size::Size(POOL_RETENTION_BYTES_MAX));
+    let range = format!("{} to {}", Size(least), Size(POOL_RETENTION_BYTES_MAX));
     setting("volumes.retention", format!("is {bytes} bytes: use {range}"))
+}
+
+/// A shard's part of the memory for clients' requests.
+fn request_memory(bytes: Option<u64>, shards: usize) -> Result<usize, ConfigError> {
+    use ballast_block::limits::{NBD_REQUEST_BYTES_MAX, REQUEST_MEMORY_BYTES};
+    let least = NBD_REQUEST_BYTES_MAX * shards;
+    let given = bytes.map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
+    let bytes = given.unwrap_or(REQUEST_MEMORY_BYTES.max(least));
+    if bytes < least {
+        let least = Size(least as u64);
+        return setting("memory.requests", format!("is {bytes} bytes: use at least {least}"));
+    }
+    Ok(bytes / shards)
 }
 
 fn raft(times: &RaftTimes) -> Result<RaftSettings, ConfigError> {

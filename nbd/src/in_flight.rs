@@ -7,6 +7,7 @@ use ballast_block::limits::{CONNECTION_INFLIGHT_BYTES_MAX, CONNECTION_INFLIGHT_C
 use bytes::Buf;
 
 use crate::io_command::Reply;
+use crate::memory::Share;
 use crate::reply::ReplyQueue;
 
 /// All that is in flight on one connection.
@@ -37,10 +38,27 @@ pub struct CommandId {
 }
 
 impl InFlight {
-    /// Whether a command that holds `cost` bytes may be given out. What waits to be sent counts.
+    /// Whether a command that holds `cost` bytes may be given out, as far as this connection goes.
+    /// What waits to be sent counts.
     pub(crate) fn has_room(&self, cost: usize, replies: &ReplyQueue) -> bool {
         self.count < CONNECTION_INFLIGHT_COMMANDS_MAX
-            && self.bytes + replies.remaining() + cost <= CONNECTION_INFLIGHT_BYTES_MAX
+            && self.held(replies) + cost <= CONNECTION_INFLIGHT_BYTES_MAX
+    }
+
+    /// The same, and other connections leave so much; it is then counted as taken.
+    pub(crate) fn take_room(
+        &self,
+        cost: usize,
+        replies: &ReplyQueue,
+        share: Option<&mut Share>,
+    ) -> bool {
+        self.has_room(cost, replies)
+            && share.is_none_or(|share| cost == 0 || share.grow(self.held(replies) + cost))
+    }
+
+    /// Bytes of memory that commands and their replies hold now.
+    pub(crate) fn held(&self, replies: &ReplyQueue) -> usize {
+        self.bytes + replies.remaining()
     }
 
     pub(crate) fn insert(&mut self, reply: Reply, cost: usize) -> CommandId {

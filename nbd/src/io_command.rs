@@ -3,6 +3,7 @@
 //! Owns which flags, ranges and sizes are right for which command, and with which error number
 //! the others are refused. Never touches payloads. Write path, step 2.
 
+use ballast_block::buffer::BufferPool;
 use ballast_block::limits::NBD_REQUEST_BYTES_MAX;
 use ballast_block::{ByteRange, IoCommand};
 use thiserror::Error;
@@ -91,13 +92,13 @@ impl Refusal {
 }
 
 impl Action {
-    /// Bytes of memory that it holds until its reply is sent.
+    /// Bytes of memory that it holds until its reply is sent: whole buffers.
     pub(crate) fn memory_cost(&self) -> usize {
         let range = match self {
             Action::Submit(IoCommand::Read { range }, _) | Action::Write(range, _) => range,
             Action::Submit(..) | Action::Answer(_) | Action::Disconnect => return 0,
         };
-        usize::try_from(range.length).expect("within the request limit")
+        BufferPool::capacity_of(usize::try_from(range.length).expect("within the request limit"))
     }
 }
 

@@ -14,6 +14,7 @@ mod handshake;
 mod in_flight;
 mod input;
 mod io_command;
+mod memory;
 mod reply;
 mod session;
 mod wire;
@@ -24,5 +25,6 @@ pub use export::{
     Purpose,
 };
 pub use in_flight::CommandId;
+pub use memory::RequestMemory;
 pub use reply::ReplyQueue;
 pub use session::{Event, Session, SuspendedHandshake, Want};

@@ -3,6 +3,9 @@
 //! Owns the life of a request as one enum ([`Receiving`], then a slot in
 //! [`InFlight`]). Never reads, writes or waits: see [`Want`]. Write path, step 2.
 
+use std::rc::Rc;
+use std::task::{Poll, Waker};
+
 use ballast_block::limits::{NBD_HANDSHAKE_REPLY_BYTES_MAX, NBD_REQUEST_BYTES_MAX};
 use ballast_block::{AlignedBuf, ByteRange, IoCommand, IoError, IoReply};
 use bytes::Buf;
@@ -13,6 +16,7 @@ use crate::handshake::{Handshake, Question, Step};
 use crate::in_flight::{CommandId, InFlight};
 use crate::input::{HANDSHAKE_INPUT_BYTES, INPUT_BYTES, Input};
 use crate::io_command::{self, Action, Negotiated, Refusal, Reply};
+use crate::memory::{RequestMemory, Share};
 use crate::reply::{Replier, ReplyQueue, errno_of};
 use crate::wire::{Errno, REQUEST_BYTES, Request, command};
 
@@ -30,6 +34,8 @@ pub struct Session {
     replies: ReplyQueue,
     phase: Phase,
     shutting_down: bool,
+    /// Of the memory of all connections; none: this one counts for itself only.
+    share: Option<Share>,
 }
 
 enum Phase {
@@ -107,7 +113,27 @@ impl Session {
     pub fn new() -> Self {
         let mut replies = ReplyQueue::default();
         let phase = Phase::Handshake(Handshake::new(&mut replies));
-        Self { input: Input::new(), replies, phase, shutting_down: false }
+        Self { input: Input::new(), replies, phase, shutting_down: false, share: None }
+    }
+
+    /// Takes part in the memory for requests that all connections of this thread share, until it is
+    /// dropped: commands count until then, also when the session has failed.
+    pub fn share(&mut self, memory: Rc<RequestMemory>) {
+        self.share = Some(Share::new(memory));
+    }
+
+    /// Ready when a request waits for memory and there is enough by now: [`Session::next_event`] goes
+    /// on with it. Otherwise `waker` is woken when there may be.
+    pub fn poll_memory(&self, waker: &Waker) -> Poll<()> {
+        self.share.as_ref().map_or(Poll::Pending, |share| share.poll_room(waker))
+    }
+
+    /// Nothing more is taken from the client: others need not wait until it had its turn. Call it
+    /// when the session is kept only until what is in flight has ended.
+    pub fn stop_waiting(&mut self) {
+        if let Some(share) = &mut self.share {
+            share.give_up();
+        }
     }
 
     /// Stops between [`Event::OpenExport`] and its answer, so that another thread can go on with
@@ -116,7 +142,7 @@ impl Session {
     /// # Panics
     /// When no export is to be opened: a bug of the caller.
     pub fn suspend(self) -> SuspendedHandshake {
-        let Self { input, replies, phase, shutting_down } = self;
+        let Self { input, replies, phase, shutting_down, share: _ } = self;
         match phase {
             Phase::Handshake(handshake) if handshake.is_opening() => {
                 SuspendedHandshake { handshake, input, replies, shutting_down }
@@ -128,7 +154,8 @@ impl Session {
     /// Goes on where [`Session::suspend`] stopped: the next call is [`Session::export_opened`].
     pub fn resume(suspended: SuspendedHandshake) -> Self {
         let SuspendedHandshake { handshake, input, replies, shutting_down } = suspended;
-        Self { input, replies, phase: Phase::Handshake(handshake), shutting_down }
+        let phase = Phase::Handshake(handshake);
+        Self { input, replies, phase, shutting_down, share: None }
     }
 
     /// The next thing to do; `None` when there is nothing before what [`Session::want`] says.
@@ -165,7 +192,11 @@ impl Session {
                 Ok(None)
             }
             Phase::Transmission(transmission) => {
-                transmission.advance(&mut self.input, &mut self.replies)
+                if let Some(share) = &mut self.share {
+                    share.settle(transmission.in_flight.held(&self.replies));
+                }
+                let (input, out, share) = (&mut self.input, &mut self.replies, &mut self.share);
+                transmission.advance(input, out, share)
             }
             Phase::Aborted => Ok(None),
             Phase::Failed(error) => Err(error.clone()),
@@ -356,6 +387,7 @@ impl Transmission {
         &mut self,
         input: &mut Input,
         out: &mut ReplyQueue,
+        share: &mut Option<Share>,
     ) -> Result<Option<Event>, SessionError> {
         loop {
             match &mut self.receiving {
@@ -367,7 +399,7 @@ impl Transmission {
                     self.header(&bytes)?;
                 }
                 Receiving::Admitting(action) => {
-                    if !self.in_flight.has_room(action.memory_cost(), out) {
+                    if !self.in_flight.take_room(action.memory_cost(), out, share.as_mut()) {
                         return Ok(None);
                     }
                     let event = self.admit(out);
@@ -432,8 +464,9 @@ impl Transmission {
             }
             Action::Write(range, reply) => {
                 let id = self.in_flight.insert(reply, cost);
+                let length = usize::try_from(range.length).expect("within the request limit");
                 self.receiving = Receiving::AwaitingBuffer { range, id };
-                return Some(Event::PayloadBuffer { length: cost });
+                return Some(Event::PayloadBuffer { length });
             }
             Action::Answer(Reply::Read(read)) => self.replier.empty_read(out, read.cookie),
             Action::Answer(reply) => self.replier.done(out, reply.cookie()),

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use ballast_block::limits::FAMILY_RETENTION_BYTES_MAX;
+use ballast_block::limits::{FAMILY_RETENTION_BYTES_MAX, REQUEST_MEMORY_BYTES};
 use ballast_block::{ClusterId, NodeId};
 use ballast_env::network::Address;
 use ballast_volume::group::RaftSettings;
@@ -43,6 +43,9 @@ pub struct NodeConfig {
     pub leases: LeasePolicy,
     /// Log kept per family for followers that lag, in bytes.
     pub retention_bytes: u64,
+    /// Memory for the requests of all clients of this shard together, in bytes, beyond the little
+    /// that each has of its own.
+    pub request_memory: usize,
 }
 
 impl NodeConfig {
@@ -59,6 +62,7 @@ impl NodeConfig {
             leader_follows_writer: true,
             leases: LeasePolicy::Required,
             retention_bytes: FAMILY_RETENTION_BYTES_MAX,
+            request_memory: REQUEST_MEMORY_BYTES,
         }
     }
 

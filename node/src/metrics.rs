@@ -48,7 +48,12 @@ const COUNTERS: [(&str, &str); 19] = [
     ("ballast_cluster_changes_total", "Changes of the cluster's state, ever, as applied here."),
 ];
 
-const GAUGES: [(&str, &str); 38] = [
+const GAUGES: [(&str, &str); 40] = [
+    (
+        "ballast_nbd_request_memory_bytes",
+        "What clients' requests hold beyond each connection's own.",
+    ),
+    ("ballast_nbd_request_memory_waiting", "Connections that wait for memory for a request."),
     ("ballast_recovery_seconds", "How long the last start took to open the pool."),
     ("ballast_peer_queue_bytes", "Waiting to be sent to the peer."),
     ("ballast_node_ready", "Whether the cluster has accepted this start of the node."),
@@ -119,6 +124,7 @@ impl<E: Env> Node<E> {
         gauge!("ballast_node_ready").set(flag(self.is_ready()));
         pool(inner);
         recovery(inner);
+        clients(inner);
         peers(inner);
         volumes(inner);
         gauge!("ballast_attachments").set(inner.attachments.borrow().len() as f64);
@@ -221,6 +227,12 @@ fn recovery<E: Env>(inner: &Inner<E>) {
     ] {
         gauge!(name).set(value as f64);
     }
+}
+
+fn clients<E: Env>(inner: &Inner<E>) {
+    let memory = &inner.request_memory;
+    gauge!("ballast_nbd_request_memory_bytes").set(memory.used() as f64);
+    gauge!("ballast_nbd_request_memory_waiting").set(memory.waiting() as f64);
 }
 
 fn peers<E: Env>(inner: &Inner<E>) {

@@ -139,7 +139,8 @@ enum Served {
 }
 
 impl<E: Env> Connection<E> {
-    fn new(inner: Rc<Inner<E>>, stream: E::Stream, from: String, session: Session) -> Self {
+    fn new(inner: Rc<Inner<E>>, stream: E::Stream, from: String, mut session: Session) -> Self {
+        session.share(inner.request_memory.clone());
         let running = FuturesUnordered::new();
         let (client, attached) = (None, Rc::default());
         let _counted = Counted::new(inner.clone());
@@ -172,13 +173,14 @@ impl<E: Env> Connection<E> {
                 false
             }
         };
+        self.session.stop_waiting();
         if let Some(client) = &self.client {
             client.let_go();
         }
         if *stopping.borrow() {
             self.session.begin_shutdown();
         }
-        let Self { inner, stream, session, client, mut running, _counted, .. } = self;
+        let Self { inner, stream, mut session, client, mut running, _counted, .. } = self;
         // What is in flight runs to its end: dropped half-way, a write would leave its lock while
         // its entry is on its way.
         let in_flight = async {
@@ -193,13 +195,13 @@ impl<E: Env> Connection<E> {
                 tokio::select! {
                     biased;
                     // A client that is gone by now has nothing left to hear.
-                    _ = close(stream, session) => {}
+                    _ = close(stream, &mut session) => {}
                     () = inner.env.sleep(CLOSING_MAX) => {}
                 }
             }
         };
         join(in_flight, closed).await;
-        drop(_counted);
+        drop((session, _counted));
         if let Some(client) = client {
             client.detach().await;
         }
@@ -306,7 +308,10 @@ impl<E: Env> Connection<E> {
                 Poll::Pending => {}
             }
         }
-        if progress { Poll::Ready(Ok(())) } else { Poll::Pending }
+        if progress || self.session.poll_memory(context.waker()).is_ready() {
+            return Poll::Ready(Ok(()));
+        }
+        Poll::Pending
     }
 
     fn poll_send(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -415,11 +420,11 @@ async fn flush<S: AsyncWrite + Unpin>(stream: &mut S, session: &mut Session) -> 
 
 /// Sends what is answered, says that no more follows, and waits for the client to close. A socket that
 /// is closed while it holds bytes that nobody read takes back what is still on its way to the client.
-async fn close<S>(mut stream: S, mut session: Session) -> io::Result<()>
+async fn close<S>(mut stream: S, session: &mut Session) -> io::Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    flush(&mut stream, &mut session).await?;
+    flush(&mut stream, session).await?;
     stream.shutdown().await?;
     let mut unread = vec![0; UNREAD_BYTES];
     while stream.read(&mut unread).await? > 0 {}

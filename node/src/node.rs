@@ -13,6 +13,7 @@ use ballast_cluster::{Marks, PoolStart};
 use ballast_env::Env;
 use ballast_env::network::{Address, Listener};
 use ballast_env::spawn::OwnedTask;
+use ballast_nbd::RequestMemory;
 use ballast_raft_store::pool::{
     CreateReplicaError, FormatOptions, FormatPoolError, Lineage, OpenPoolError, Pool,
     PoolExpectation, RecoveryReport, ReplicaDescriptor,
@@ -134,6 +135,7 @@ pub(crate) struct Inner<E: Env> {
     pub(crate) nbd_connections: Cell<usize>,
     /// Told when there is one less.
     pub(crate) nbd_closed: Notify,
+    pub(crate) request_memory: Rc<RequestMemory>,
     pub(crate) nbd_addresses: RefCell<Vec<Address>>,
     pub(crate) peer_address: RefCell<Option<Address>>,
     pub(crate) stopping: watch::Sender<bool>,
@@ -277,6 +279,7 @@ impl<E: Env> Node<E> {
         tracing::info!(node = %config.node, %shard, pool = %pool.id(), boot = pool.boot_counter(),
             ?recovery, ?opened_in, "pool is open");
         let identity = identity_of(&env, &config, &pool, shard)?;
+        let request_memory = RequestMemory::new(config.request_memory);
         let (buffers, doors) = (BufferPool::default(), Rc::new(doors));
         let links = Links::new(env.clone(), identity, buffers.clone(), doors.clone());
         let transfers = Rc::<Transfers<E>>::default();
@@ -311,6 +314,7 @@ impl<E: Env> Node<E> {
             opened_in,
             nbd_connections: Cell::new(0),
             nbd_closed: Notify::new(),
+            request_memory,
             nbd_addresses: RefCell::default(),
             peer_address: RefCell::default(),
             stopping: watch::Sender::new(false),
