@@ -468,6 +468,10 @@ pub struct ReplicaReportV1 {
     /// Last purged index.
     #[prost(uint64, tag = "12")]
     pub purged_index: u64,
+    /// On the leader: the replicas that votes and majorities count, whoever leads next. While the
+    /// members change, those that count before and after; none until the end of that is applied.
+    #[prost(uint64, repeated, tag = "13")]
+    pub voters: Vec<u64>,
 }
 
 /// What a node knows of itself.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use ballast_block::NodeId;
 use ballast_env::Env;
 use ballast_raft_store::replica::Health;
+use ballast_raft_store::types::StoredMembership;
 use ballast_volume::group::Group;
 use openraft::ServerState;
 use openraft::async_runtime::WatchReceiver;
@@ -60,6 +61,7 @@ fn replica<E: Env>(group: &Group<E>) -> ReplicaReportV1 {
         .map(|(&id, matched)| (id, matched.map_or(0, |id| id.index)))
         .collect();
     let store = group.replica();
+    let applied_index = metrics.last_applied.map_or(0, |id| id.index);
     ReplicaReportV1 {
         family: store.family().0,
         replica: store.id().0,
@@ -67,13 +69,26 @@ fn replica<E: Env>(group: &Group<E>) -> ReplicaReportV1 {
         term: metrics.current_term,
         last_index: metrics.last_log_index.unwrap_or(0),
         purged_index: metrics.purged.map_or(0, |id| id.index),
-        applied_index: metrics.last_applied.map_or(0, |id| id.index),
+        applied_index,
         retained_bytes: store.retained_bytes(),
         suspect: store.health() != Health::Good,
         matched,
         writer_node: 0,
         size: 0,
+        voters: voters_in_force(&metrics.membership_config, applied_index),
     }
+}
+
+/// Who counts for every leader that there may be: a change of members is in force at who has it in
+/// its log, and another one may lead before that is a majority.
+fn voters_in_force(members: &StoredMembership, applied_index: u64) -> Vec<u64> {
+    let configs = members.membership().get_joint_config();
+    let applied = members.log_id().is_none_or(|id| id.index <= applied_index);
+    let Some((last, before)) = configs.split_last() else { return Vec::new() };
+    if before.is_empty() && !applied {
+        return Vec::new();
+    }
+    last.iter().filter(|id| before.iter().all(|config| config.contains(id))).copied().collect()
 }
 
 /// The reports of all nodes that answer, this one's first asked.
@@ -88,4 +103,31 @@ pub(crate) async fn all<E: Env>(inner: &Inner<E>) -> BTreeMap<NodeId, NodeReport
         Some((node, decode(reply.body).ok()?))
     });
     futures_util::future::join_all(asks).await.into_iter().flatten().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use ballast_raft_store::types::{Member, Membership, log_id};
+
+    use super::*;
+
+    fn in_force(configs: &[&[u64]], index: u64, applied: u64) -> Vec<u64> {
+        let nodes = configs.iter().copied().flatten();
+        let nodes: BTreeMap<_, _> = nodes.map(|&id| (id, Member { node: NodeId(1) })).collect();
+        let configs: Vec<BTreeSet<u64>> =
+            configs.iter().map(|config| config.iter().copied().collect()).collect();
+        let members = Membership::new(configs, nodes).unwrap();
+        voters_in_force(&StoredMembership::new(Some(log_id(1, index)), members), applied)
+    }
+
+    #[test]
+    fn who_is_about_to_become_a_voter_does_not_count_yet() {
+        assert_eq!(in_force(&[&[1, 2, 3]], 5, 9), [1, 2, 3]);
+        assert_eq!(in_force(&[&[1, 2, 3], &[1, 3, 4]], 10, 9), [1, 3], "begun");
+        assert_eq!(in_force(&[&[1, 2, 3], &[1, 3, 4]], 10, 10), [1, 3], "half-way");
+        assert_eq!(in_force(&[&[1, 3, 4]], 11, 10), [0; 0], "its end is not everywhere yet");
+        assert_eq!(in_force(&[&[1, 3, 4]], 11, 11), [1, 3, 4]);
+    }
 }

@@ -112,10 +112,13 @@ impl Picture {
     }
 
     fn in_sync(&self, replica: &Replica) -> bool {
-        // A learner counts for nothing yet.
-        let counts = |live: &&ReplicaReportV1| !live.suspect && live.role != "learner";
-        let Some(live) = self.report(replica).filter(counts) else { return false };
+        let Some(live) = self.report(replica).filter(|live| !live.suspect) else { return false };
         let Some((node, leader)) = self.leader(replica.family) else { return false };
+        // A learner counts for nothing yet, and neither does who is about to become a voter: should
+        // another one be lost now, there might be no majority.
+        if !leader.voters.contains(&replica.id.0) {
+            return false;
+        }
         if node == replica.node {
             return leader.replica == replica.id.0;
         }
