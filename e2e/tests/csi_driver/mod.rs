@@ -209,6 +209,15 @@ impl Driver {
         })
     }
 
+    /// A call to any service.
+    pub fn through<T>(
+        &self,
+        call: impl AsyncFnOnce(Channel) -> Result<T, Status>,
+    ) -> Result<T, Status> {
+        let endpoint = self.endpoint();
+        runtime().block_on(async { call(Driver::channel(&endpoint).await?).await })
+    }
+
     /// Creates a volume and publishes it to this host.
     #[track_caller]
     pub fn create(&self, name: &str, mib: i64, capability: VolumeCapability) -> Used {
