@@ -129,14 +129,75 @@ fn content(
     content: VolumeContent,
     fs_type: &str,
 ) -> (bool, VolumeContent, bool) {
+    content_under(cluster, volume, content, fs_type, 0).expect("it answers")
+}
+
+fn content_under(
+    cluster: &Cluster,
+    volume: &str,
+    content: VolumeContent,
+    fs_type: &str,
+    epoch: u64,
+) -> Result<(bool, VolumeContent, bool), tonic::Status> {
     let request = || api::SetVolumeContentRequest {
         volume: volume.into(),
         content: content.into(),
         fs_type: fs_type.into(),
+        epoch,
     };
     let answer = cluster.ask(2, async |admin| admin.set_volume_content(request()).await);
-    let answer = answer.expect("node 2 runs").expect("it answers").into_inner();
-    (answer.refused, answer.content(), answer.ever_written)
+    let answer = answer.expect("node 2 runs")?.into_inner();
+    Ok((answer.refused, answer.content(), answer.ever_written))
+}
+
+/// never-format-data, when two hosts format in turn.
+#[test]
+fn a_host_without_its_lease_can_not_say_what_a_volume_holds() {
+    use VolumeContent::*;
+    let cluster = small("content-fenced");
+    let say = |content, epoch| {
+        content_under(&cluster, "demo", content, "ext4", epoch).map_err(|refused| refused.code())
+    };
+    assert_eq!(say(Formatting, 1), Err(tonic::Code::FailedPrecondition), "nobody has a lease");
+    assert_eq!(acquire(&cluster, 1, &["--host", "host-1"]).0, 1);
+    assert_eq!(say(Formatting, 1), Ok((false, Formatting, false)));
+    let by_force = ["--host", "host-2", "--force", "--yes", "--reason", "host-1 is cut off"];
+    assert_eq!(acquire(&cluster, 3, &by_force).0, 2);
+    assert_eq!(say(Formatting, 2), Ok((false, Formatting, false)));
+    assert_eq!(say(Filesystem, 1), Err(tonic::Code::FailedPrecondition), "it comes late");
+    assert_eq!(say(Unspecified, 0), Ok((false, Formatting, false)));
+    assert_eq!(say(Filesystem, 2), Ok((false, Filesystem, false)));
+}
+
+/// Who holds the lease in the end was told so, whatever the others were told.
+#[test]
+fn of_several_that_force_a_lease_at_once_the_last_one_has_it() {
+    let cluster = small("leases-raced");
+    for round in 0..3 {
+        let granted: Vec<(String, bool)> = std::thread::scope(|scope| {
+            let force = |number: u32| {
+                let (cluster, host) = (&cluster, format!("host-{round}-{number}"));
+                scope.spawn(move || {
+                    let program = scratch::program("ballastctl").display().to_string();
+                    let endpoint = cluster.node(number % 3 + 1).grpc;
+                    let words =
+                        ["--endpoint", &endpoint, "lease", "acquire", "demo", "--host", &host];
+                    let more = ["--force", "--yes", "--reason", "a race"];
+                    let ended = output(&program, &[&words[..], &more[..]].concat());
+                    let text = String::from_utf8_lossy(&ended.stderr).into_owned();
+                    assert!(ended.status.success() || text.contains("taken away"), "{text}");
+                    (host, ended.status.success())
+                })
+            };
+            let racing: Vec<_> = (0..6).map(force).collect();
+            racing.into_iter().map(|it| it.join().expect("no thread panics")).collect()
+        });
+        // Asked of the cluster group: a list is what one node has heard.
+        let refused = ctl(&cluster, &["lease", "acquire", "demo", "--host", "late"]);
+        let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+        let holder = granted.iter().find(|(host, _)| told.contains(&format!("{host:?}")));
+        assert!(holder.is_some_and(|(_, granted)| *granted), "{told} {granted:?}");
+    }
 }
 
 #[test]
@@ -165,6 +226,7 @@ fn never_format_data_goes_by_the_volumes_own_record() {
             volume: "old".into(),
             content: Formatting.into(),
             fs_type: String::new(),
+            epoch: 0,
         };
         admin.set_volume_content(request).await
     });

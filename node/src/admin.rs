@@ -65,6 +65,17 @@ pub enum AdminError {
     /// The family did not take over what was decided. That stands: asked again, it goes on.
     #[error(transparent)]
     NotTaken(#[from] LeaseError),
+    /// The lease was granted and has ended before the answer: another host took it, or it was released.
+    #[error(
+        "lease of volume {volume:?} was granted to host {host:?} and taken away at once: see the \
+             volume's leases"
+    )]
+    LeaseGone {
+        /// The volume.
+        volume: String,
+        /// Who was to have it.
+        host: String,
+    },
     /// The leader can't be moved there.
     #[error("leader of {volume:?} can't move to {node}: {reason}")]
     CantMove {

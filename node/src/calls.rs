@@ -51,7 +51,7 @@ pub enum Tag {
     TakeLead = 18,
     /// Take over the leases and the size of a family's volume that the cluster group knows.
     InstallLeases = 19,
-    /// What a family's volume holds, or is to hold: a `SetContentV1` of its log; kind 0 only asks.
+    /// What a family's volume holds, or is to hold: a [`ContentAskV1`].
     Content = 20,
 }
 
@@ -341,6 +341,20 @@ pub struct InstallLeasesV1 {
     pub size: u64,
 }
 
+/// What a volume is to hold.
+#[derive(Clone, PartialEq, Message)]
+pub struct ContentAskV1 {
+    /// Its kind, as in the family's log; 0 only asks.
+    #[prost(uint32, tag = "1")]
+    pub kind: u32,
+    /// The type of its file system, if it is to be one.
+    #[prost(string, tag = "2")]
+    pub fs_type: String,
+    /// The lease under which it is said; 0 = by an administrator.
+    #[prost(uint64, tag = "3")]
+    pub epoch: u64,
+}
+
 /// The answer about leases and content.
 #[derive(Clone, PartialEq, Message)]
 pub struct ContentReplyV1 {
@@ -362,6 +376,9 @@ pub struct ContentReplyV1 {
     /// Whether anything was ever written to it.
     #[prost(bool, tag = "6")]
     pub ever_written: bool,
+    /// Refused because the lease under which it was said is not in force, or only reads.
+    #[prost(bool, tag = "7")]
+    pub not_leased: bool,
 }
 
 /// Names an attachment.

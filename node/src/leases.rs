@@ -12,14 +12,17 @@ use std::time::Duration;
 use ballast_block::{Epoch, FamilyId, NodeId, VolumeId};
 use ballast_cluster::{Lease, LeaseMode, Volume};
 use ballast_env::Env;
-use ballast_volume::command::{FamilyCommand, GrantV1, ResizeV1, SetContentV1, SetLeasesV1};
+use ballast_volume::command::{
+    FamilyCommand, FamilyReplyV1, GrantV1, ResizeV1, SetContentUnderV1, SetContentV1, SetLeasesV1,
+    refusal,
+};
 use ballast_volume::content::Content;
 use ballast_volume::family::{ExecuteError, Family};
 use bytes::Bytes;
 use thiserror::Error;
 
 use crate::attach::{DONE, NOT_LEADER, STOPPED};
-use crate::calls::{ContentReplyV1, InstallLeasesV1, Tag, decode};
+use crate::calls::{ContentAskV1, ContentReplyV1, InstallLeasesV1, Tag, decode};
 use crate::node::Inner;
 use crate::peers::links::Lane;
 use crate::peers::wire::{Frame, Kind};
@@ -51,6 +54,17 @@ pub enum LeaseError {
     /// No leader answered in time. What the cluster group has decided stands: asked again, it goes on.
     #[error("volume {0:?} has no quorum of replicas: check its nodes, then ask again")]
     NoQuorum(String),
+    /// What was said of a volume's content was said by who may not write to it.
+    #[error(
+        "lease {} of volume {volume:?} is not in force, or only reads: what it says of the content \
+         is not taken", .epoch.0
+    )]
+    NotLeased {
+        /// The volume's name.
+        volume: String,
+        /// The lease.
+        epoch: Epoch,
+    },
 }
 
 /// What a volume holds, as its own record says.
@@ -67,7 +81,7 @@ pub struct ContentReply {
 /// What is asked of a family's leader.
 enum Ask {
     Install(InstallLeasesV1),
-    Content(SetContentV1),
+    Content(ContentAskV1),
 }
 
 impl Ask {
@@ -94,8 +108,8 @@ pub(crate) async fn install<E: Env>(
     at_leader(inner, &known, &Ask::Install(ask)).await.map(|_| ())
 }
 
-/// Says what a volume holds, or asks only. Guarantee **never-format-data**: nobody formats without
-/// having been let become [`Content::Formatting`] first.
+/// Says what a volume holds, under a lease (0 = as an administrator), or asks only. Guarantee
+/// **never-format-data**: nobody formats without having been let become [`Content::Formatting`] first.
 ///
 /// # Errors
 /// [`LeaseError`].
@@ -103,11 +117,16 @@ pub(crate) async fn set_content<E: Env>(
     inner: &Rc<Inner<E>>,
     volume: VolumeId,
     content: Option<Content>,
+    epoch: Epoch,
 ) -> Result<ContentReply, LeaseError> {
     let known = inner.cluster.state().volume(volume).cloned();
     let known = known.ok_or(LeaseError::VolumeUnknown(volume))?;
-    let ask = content.as_ref().map(SetContentV1::of).unwrap_or_default();
+    let SetContentV1 { kind, fs_type } = content.as_ref().map(SetContentV1::of).unwrap_or_default();
+    let ask = ContentAskV1 { kind, fs_type, epoch: epoch.0 };
     let reply = at_leader(inner, &known, &Ask::Content(ask)).await?;
+    if reply.not_leased {
+        return Err(LeaseError::NotLeased { volume: known.name, epoch });
+    }
     let content = Content::from_kind(reply.content, &reply.fs_type);
     // A leader of a newer version: as long as nobody knows what it is, it is not to be formatted.
     let content = content.unwrap_or(Content::Raw);
@@ -197,16 +216,17 @@ pub(crate) async fn install_here<E: Env>(
 pub(crate) async fn content_here<E: Env>(
     inner: &Rc<Inner<E>>,
     family: FamilyId,
-    ask: SetContentV1,
+    ask: ContentAskV1,
 ) -> ContentReplyV1 {
     let Some(member) = family_here(inner, family) else { return stopped() };
     if ask.kind != 0 {
         if Content::from_kind(ask.kind, &ask.fs_type).is_none() {
             return stopped();
         }
-        return match member.control(FamilyCommand::SetContent(ask)).await {
+        return match say(inner, &member, ask).await {
             Ok(reply) => ContentReplyV1 {
                 refused: reply.refused,
+                not_leased: reply.why == refusal::NOT_LEASED,
                 content: reply.content,
                 fs_type: reply.fs_type,
                 ever_written: reply.ever_written,
@@ -226,6 +246,23 @@ pub(crate) async fn content_here<E: Env>(
         ever_written,
         ..ContentReplyV1::default()
     }
+}
+
+/// Proposes what a volume holds. The log decides whether the lease is in force then.
+async fn say<E: Env>(
+    inner: &Rc<Inner<E>>,
+    member: &Family<E>,
+    ask: ContentAskV1,
+) -> Result<FamilyReplyV1, ExecuteError> {
+    let ContentAskV1 { kind, fs_type, epoch } = ask;
+    let content = SetContentV1 { kind, fs_type };
+    if epoch == 0 {
+        return member.control(FamilyCommand::SetContent(content)).await;
+    }
+    // The holder may have heard of its lease before this node.
+    is_in_force(inner, member, Epoch(epoch)).await?;
+    let said = SetContentUnderV1 { content: Some(content), epoch };
+    member.control(FamilyCommand::SetContentUnder(said)).await
 }
 
 /// Proposes the size and the leases that this node knows of, where the family has older ones. For

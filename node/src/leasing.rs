@@ -54,7 +54,7 @@ impl<E: Env> Node<E> {
     ///
     /// # Errors
     /// [`AdminError`]; [`AdminError::NotHeard`] and [`AdminError::NotTaken`] when the lease is
-    /// granted and not in force yet.
+    /// granted and not in force yet, [`AdminError::LeaseGone`] when it was, and another host has it.
     pub async fn acquire_lease_of(
         &self,
         volume: VolumeId,
@@ -74,7 +74,14 @@ impl<E: Env> Node<E> {
         let lease = volume.lease(&host).cloned();
         let lease = lease.ok_or_else(|| AdminError::NotHeard(volume.name.clone()))?;
         self.take_over(&volume).await?;
-        Ok((volume, lease))
+        // Taking it over took time. A lease that was forced away meanwhile was granted, and is gone.
+        let known = self.cluster_state().volume(volume.id).cloned();
+        let holds = known.is_some_and(|known| known.lease_of_epoch(lease.epoch).is_some());
+        if holds {
+            Ok((volume, lease))
+        } else {
+            Err(AdminError::LeaseGone { volume: volume.name, host })
+        }
     }
 
     /// As [`Node::release_lease_of`], of the volume of that name or id.
@@ -117,17 +124,19 @@ impl<E: Env> Node<E> {
         Ok(held.is_some_and(|held| volume.lease_of_epoch(held).is_none()))
     }
 
-    /// Says what a volume holds, or asks only: [`Content`].
+    /// Says what a volume holds, under a lease (0 = as an administrator), or asks only: [`Content`].
     ///
     /// # Errors
-    /// [`AdminError`].
+    /// [`AdminError`]; [`LeaseError::NotLeased`](leases::LeaseError::NotLeased) in it for a lease that
+    /// is not in force when the volume's log comes to it.
     pub async fn set_volume_content(
         &self,
         volume: &Volume,
         content: Option<Content>,
+        epoch: Epoch,
     ) -> Result<ContentReply, AdminError> {
         self.hear_of(volume).await?;
-        Ok(leases::set_content(&self.inner, volume.id, content).await?)
+        Ok(leases::set_content(&self.inner, volume.id, content, epoch).await?)
     }
 
     /// Has the volume's group take over what the cluster group decided.

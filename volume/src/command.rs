@@ -8,7 +8,7 @@ use prost::Message;
 #[derive(Clone, PartialEq, Message)]
 pub struct FamilyCommandV1 {
     /// What is asked; an unknown command halts the replica, it is never skipped.
-    #[prost(oneof = "FamilyCommand", tags = "1, 2, 3, 4, 5")]
+    #[prost(oneof = "FamilyCommand", tags = "1, 2, 3, 4, 5, 6")]
     pub command: Option<FamilyCommand>,
 }
 
@@ -30,6 +30,10 @@ pub enum FamilyCommand {
     /// Says what the volume holds.
     #[prost(message, tag = "5")]
     SetContent(SetContentV1),
+    /// Says it under a lease. A command of its own: a replica of an older build, which knows no epoch
+    /// here, must halt rather than take what others refuse.
+    #[prost(message, tag = "6")]
+    SetContentUnder(SetContentUnderV1),
 }
 
 /// Makes an attachment a writer: under a lease in place of the one that its holder had before, and of
@@ -105,7 +109,18 @@ pub struct SetContentV1 {
     pub fs_type: String,
 }
 
-/// Why an attachment was refused.
+/// Says what the volume holds, by who may write to it.
+#[derive(Clone, PartialEq, Message)]
+pub struct SetContentUnderV1 {
+    /// What it holds.
+    #[prost(message, optional, tag = "1")]
+    pub content: Option<SetContentV1>,
+    /// The lease: one that is in force and lets its holder write, or nothing is changed.
+    #[prost(uint64, tag = "2")]
+    pub epoch: u64,
+}
+
+/// Why an attachment, or what a volume is said to hold, was refused.
 pub mod refusal {
     /// Another attachment came between: look again.
     pub const RACED: u32 = 1;
@@ -133,7 +148,7 @@ pub struct FamilyReplyV1 {
     /// The volume's size in bytes after it.
     #[prost(uint64, tag = "5")]
     pub size: u64,
-    /// Why an attachment was refused: one of [`refusal`]; 0 for everything else.
+    /// Why it was refused: one of [`refusal`]; 0 for everything else.
     #[prost(uint32, tag = "6")]
     pub why: u32,
     /// What the volume holds after it: its kind.

@@ -11,7 +11,8 @@ use bytes::Bytes;
 use prost::Message;
 
 use crate::command::{
-    AttachV1, FamilyCommand, FamilyCommandV1, FamilyReplyV1, SetContentV1, Writer, refusal,
+    AttachV1, FamilyCommand, FamilyCommandV1, FamilyReplyV1, SetContentUnderV1, SetContentV1,
+    Writer, refusal,
 };
 use crate::content::{Content, ContentV1};
 use crate::leases::{LeaseTable, LeaseTableV1};
@@ -149,6 +150,16 @@ impl FamilyState {
                 let written = self.is_written();
                 let asked = Content::from_kind(kind, &fs_type)?;
                 !self.content.become_content(asked, written)
+            }
+            FamilyCommand::SetContentUnder(SetContentUnderV1 { content, epoch }) => {
+                let SetContentV1 { kind, fs_type } = content?;
+                let asked = Content::from_kind(kind, &fs_type)?;
+                let written = self.is_written();
+                // Said by a holder that was overtaken, it may be about what another one destroyed.
+                if epoch == 0 || !self.leases.lets_write(Epoch(epoch)) {
+                    why = refusal::NOT_LEASED;
+                }
+                why != 0 || !self.content.become_content(asked, written)
             }
         };
         let writer = named.and_then(|named| self.writers.get(named)).or_else(|| self.writer());
@@ -461,6 +472,30 @@ mod tests {
         attach(&mut raw, 7, 0);
         assert!(is_written(write(&mut raw, 7, 1, 1)));
         assert!(ask(&mut raw, 2, "ext4").refused, "somebody wrote to it");
+    }
+
+    #[test]
+    fn what_a_former_holder_says_of_the_content_is_refused() {
+        let mut state = fresh();
+        let say = |state: &mut FamilyState, epoch, kind| {
+            let content = Some(SetContentV1 { kind, fs_type: "ext4".into() });
+            let said = SetContentUnderV1 { content, epoch };
+            let reply = control(state, FamilyCommand::SetContentUnder(said));
+            assert_eq!(reply.refused, reply.why != 0 || reply.content != kind);
+            (reply.refused, reply.why, reply.content)
+        };
+        assert_eq!(say(&mut state, 1, 2), (true, refusal::NOT_LEASED, 1), "nobody leases it");
+        assert_eq!(say(&mut state, 0, 2), (true, refusal::NOT_LEASED, 1));
+        lease(&mut state, 1, &[(1, true, false)]);
+        assert_eq!(say(&mut state, 1, 2), (false, 0, 2));
+        // Another host takes the lease, and formats anew; then the first one is done.
+        lease(&mut state, 2, &[(2, true, false)]);
+        assert_eq!(say(&mut state, 2, 2), (false, 0, 2));
+        assert_eq!(say(&mut state, 1, 3), (true, refusal::NOT_LEASED, 2));
+        assert_eq!(say(&mut state, 2, 3), (false, 0, 3));
+        assert_eq!(say(&mut state, 2, 2), (true, 0, 3), "it holds data");
+        lease(&mut state, 3, &[(3, false, true)]);
+        assert_eq!(say(&mut state, 3, 3), (true, refusal::NOT_LEASED, 3), "it only reads");
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! A file system is made only after the volume's replicas agreed that nothing was ever written to it.
 //! Where they do not agree, what is there is mounted, and a probe that finds nothing is an error and
-//! never a reason to format.
+//! never a reason to format. What is said is said under the host's lease: a host that was overtaken
+//! can't speak of what the next one is making.
 
 use std::path::Path;
 use std::time::Duration;
@@ -82,6 +83,7 @@ fn ask(
         volume: record.volume_id.clone(),
         content: content as i32,
         fs_type: record.fs_type.clone(),
+        epoch: record.epoch,
     };
     let set = |client: Client| {
         let request = request.clone();

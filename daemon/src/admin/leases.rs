@@ -74,7 +74,8 @@ pub async fn set_content(
     request: api::SetVolumeContentRequest,
 ) -> Result<api::SetVolumeContentResponse, Status> {
     let asked = content(&request)?;
-    let reply = node.set_volume_content(&volume, asked).await.map_err(status)?;
+    let epoch = Epoch(request.epoch);
+    let reply = node.set_volume_content(&volume, asked, epoch).await.map_err(status)?;
     let ContentReply { refused, content, ever_written } = reply;
     let fs_type = content.fs_type().to_owned();
     let content = match content {

@@ -148,7 +148,9 @@ pub fn status(error: AdminError) -> Status {
         | AdminError::NotReady(_)
         | AdminError::NotHeard(_)
         | AdminError::NotTaken(LeaseError::NoQuorum(_)) => Code::Unavailable,
-        AdminError::CantMove { .. } => Code::FailedPrecondition,
+        AdminError::CantMove { .. }
+        | AdminError::LeaseGone { .. }
+        | AdminError::NotTaken(LeaseError::NotLeased { .. }) => Code::FailedPrecondition,
     };
     Status::new(code, error.to_string())
 }
