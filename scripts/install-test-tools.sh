@@ -14,7 +14,8 @@ packages=(
     nftables iproute2                              # cut networks
     prometheus                                     # promtool, checks /metrics
     qemu-system-x86 busybox-static cpio kmod       # a stock kernel as a client
-    xz-utils nvme-cli nbd-client cryptsetup-bin dmsetup uuid-runtime
+    xz-utils dash socat binutils
+    nvme-cli nbd-client cryptsetup-bin dmsetup uuid-runtime
 )
 bench_packages=(ceph-mon ceph-mgr ceph-osd ceph-common nbd-server linux-perf python3)
 # Checks licences, sources and bans of dependencies. Built without optimisation and without

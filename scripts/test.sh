@@ -90,33 +90,34 @@ seeds_stage() {
     ((good > 0)) || { echo "$name ran no seed"; return 1; }
 }
 
-# Builds the tests of the whole workspace and notes what was built: folder and executable.
+# Builds the tests of the whole workspace and notes what was built: folder/target and executable.
 build_tests() {
     cargo test --workspace --locked --no-run --message-format=json-render-diagnostics \
         >"$logs/built.json" || return
     jq -r 'select(.reason == "compiler-artifact" and .profile.test and .executable != null)
-           | [(.manifest_path | split("/") | .[-2]), .executable] | @tsv' \
+           | [(.manifest_path | split("/") | .[-2]) + "/" + .target.name, .executable] | @tsv' \
         "$logs/built.json" >"$logs/executables"
     [[ -s $logs/executables ]]
 }
 export -f build_tests
 export logs
 
-# Runs the tests of the folders that match, as cargo would: each in its package's folder.
+# Runs the tests whose folder/target fits the pattern, as cargo would: each in its package's folder.
 run_tests() {
-    local wanted=$1 folder executable rc=0
+    local wanted=$1 name executable rc=0
     shift
-    while IFS=$'\t' read -r folder executable; do
-        [[ $folder =~ $wanted ]] || continue
-        echo "     Running $folder: $(basename "$executable")"
-        (cd "$folder" && CARGO_MANIFEST_DIR=$PWD CARGO=$(command -v cargo) "$executable" "$@" </dev/null) ||
+    while IFS=$'\t' read -r name executable; do
+        # shellcheck disable=SC2053
+        [[ $name == $wanted ]] || continue
+        echo "     Running ${name%/*}: $(basename "$executable")"
+        (cd "${name%/*}" && CARGO_MANIFEST_DIR=$PWD CARGO=$(command -v cargo) "$executable" "$@" </dev/null) ||
             rc=1
     done <"$logs/executables"
     return "$rc"
 }
 export -f run_tests
 
-# run_stage NAME FOLDERS [ARGUMENTS OF THE TESTS...]
+# run_stage NAME PATTERN [ARGUMENTS OF THE TESTS...]
 run_stage() {
     local name=$1
     shift
@@ -140,9 +141,9 @@ stage docs env RUSTDOCFLAGS='-D warnings' \
 # unify other features and build the dependencies again.
 stage programs cargo build --workspace --bins --locked
 stage tests-built bash -c build_tests
-run_stage unit '^(block|env|raft-store|volume|cluster|nbd|nvme-tcp|node|api|daemon|tools|csi-shim|benches)$'
+run_stage unit '@(block|env|raft-store|volume|cluster|nbd|nvme-tcp|node|api|daemon|tools|csi-shim|benches)/*'
 echo "simulator seed of this commit: BALLAST_SIM_SEED=$BALLAST_SIM_SEED"
-run_stage simulator '^sim$'
+run_stage simulator 'sim/*'
 seeds_stage fixed-seeds --seeds "0..$fixed_seeds" --jobs 2
 # Seeds that once failed; the commit that fixed each names it.
 for seed in 50 77 238 450; do
@@ -151,5 +152,7 @@ done
 seeds_stage rot-seed --seed 5 --faults rot,kill-soon,cut-one-way,power-loss-of-all --every 300
 seeds_stage commit-seed --seed "$BALLAST_SIM_SEED"
 # One at a time: each wants the machine's two cores, and some measure stalls.
-run_stage processes '^e2e$' --test-threads=1
+run_stage processes 'e2e/!(vm)' --test-threads=1
+# With what it prints: the stalls that it measured.
+run_stage kernel e2e/vm --test-threads=1 --show-output
 current=

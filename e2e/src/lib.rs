@@ -20,6 +20,7 @@ pub mod postgres;
 pub mod process;
 pub mod scratch;
 pub mod verify;
+pub mod vm;
 pub mod wait;
 
 /// The short form of a number of repetitions, or the long one when `BALLAST_E2E_LONG` is set.

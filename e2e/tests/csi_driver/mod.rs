@@ -41,6 +41,8 @@ pub struct Driver {
     host: &'static str,
     folder: PathBuf,
     stop_at: Option<Step>,
+    /// Where another driver serves the node, if this one does not.
+    node: Option<String>,
 }
 
 impl Deref for Csi {
@@ -122,7 +124,7 @@ impl Driver {
     pub fn new(scratch: &Scratch, folder: &str, mode: &'static str, host: &'static str) -> Driver {
         let folder = scratch.path().join(folder);
         std::fs::create_dir_all(&folder).expect("a folder can be made");
-        Driver { process: None, mode, host, folder, stop_at: None }
+        Driver { process: None, mode, host, folder, stop_at: None, node: None }
     }
 
     /// Starts it, cut off with an island if there is one, and waits until it answers. Nodes are
@@ -152,6 +154,11 @@ impl Driver {
             std::os::unix::net::UnixStream::connect(&socket).is_ok()
         });
         self.process = Some(driver);
+    }
+
+    /// From now on calls to the node go to another driver, at this address.
+    pub fn send_node_calls_to(&mut self, address: String) {
+        self.node = Some(address);
     }
 
     /// The host that it says it is on.
@@ -202,7 +209,7 @@ impl Driver {
         &self,
         call: impl AsyncFnOnce(NodeClient<Channel>) -> Result<tonic::Response<T>, Status>,
     ) -> Result<T, Status> {
-        let endpoint = self.endpoint();
+        let endpoint = self.node.clone().unwrap_or_else(|| self.endpoint());
         runtime().block_on(async {
             let client = NodeClient::new(Driver::channel(&endpoint).await?);
             call(client).await.map(tonic::Response::into_inner)

@@ -1,0 +1,197 @@
+//! The CSI driver with a real kernel's NBD client: the node's service in a guest with Debian's kernel
+//! (`ballast_e2e::vm`), three nodes and the controller on this host. And what else wants such a kernel.
+
+mod csi_driver;
+mod guest_driver;
+
+use ballast_csi_shim::v1::volume_capability::access_mode::Mode;
+use ballast_csi_shim::v1::volume_usage::Unit;
+use ballast_e2e::process;
+use ballast_e2e::vm::Guest;
+use ballast_e2e::wait::until_true;
+use csi_driver::{MIB, Used, block, bytes_of, code, mounted};
+use guest_driver::{InGuest, Writer};
+use nix::sys::signal::Signal;
+use tonic::Code;
+
+#[test]
+fn a_file_system_is_staged_published_written_grown_and_unstaged() {
+    for (fs_type, mib) in [("ext4", 64), ("xfs", 320)] {
+        let host = InGuest::start(&format!("vm-{fs_type}"));
+        let used = host.create("data", mib, mounted(Mode::SingleNodeMultiWriter, fs_type));
+        for _ in 0..2 {
+            host.stage(&used).expect("it is staged");
+        }
+        let target = host.publish(&used, "pod-1").expect("it is published");
+        host.publish(&used, "pod-2").expect("a second pod of this host");
+        assert_eq!(code(host.unstage(&used)), Code::FailedPrecondition, "it is in use");
+
+        let before = host.stats(&used, &target);
+        let writer = Writer::start(&host, &target);
+        for more in [32, 64] {
+            assert_eq!(host.expand(&used, mib + more, &target), (mib + more) * MIB);
+        }
+        writer.goes_on();
+        writer.stop(&format!("growing {fs_type}"));
+        let after = host.stats(&used, &target);
+        let grown = bytes_of(&after) - bytes_of(&before);
+        assert!(grown > 50 * MIB, "{before:?} {after:?}");
+        assert!(after.iter().any(|usage| usage.unit == Unit::Inodes as i32 && usage.total > 0));
+
+        let sum = host.run(&format!("sha256sum <{target}/blocks"));
+        for target in ["pod-1", "pod-2", "pod-2"] {
+            host.unpublish(&used, target).expect("it is unpublished");
+        }
+        host.unstage(&used).expect("it is unstaged");
+        host.stage(&used).expect("it is staged once more");
+        assert_eq!(host.run(&format!("sha256sum <{}/blocks", used.staging)), sum);
+        for _ in 0..2 {
+            host.finish(&used);
+        }
+        host.end();
+    }
+}
+
+#[test]
+fn a_raw_device_is_written_and_grown() {
+    let host = InGuest::start("vm-raw");
+    let used = host.create("raw", 64, block(Mode::SingleNodeSingleWriter));
+    host.stage(&used).expect("it is staged");
+    let device = host.publish(&used, "device").expect("it is published");
+    assert_eq!(code(host.publish(&used, "device-2")), Code::FailedPrecondition);
+    let size = || host.run(&format!("blockdev --getsize64 {device}")).trim().to_owned();
+    assert_eq!(size(), (64 * MIB).to_string());
+    host.run(&format!("dd if=/dev/urandom of={device} bs=1M count=4 conv=notrunc,fsync"));
+    let read = format!("echo 3 >/proc/sys/vm/drop_caches\nhead -c 4194304 {device} | sha256sum");
+    let sum = host.run(&read);
+    assert_eq!(host.expand(&used, 96, &device), 96 * MIB);
+    assert_eq!(size(), (96 * MIB).to_string());
+    assert_eq!(host.run(&read), sum);
+    host.unpublish(&used, "device").expect("it is unpublished");
+    host.finish(&used);
+    host.end();
+}
+
+/// A mounted file system with a writer in it.
+#[track_caller]
+fn mounted_in_guest(host: &InGuest) -> Used {
+    let used = host.create("data", 64, mounted(Mode::SingleNodeWriter, "ext4"));
+    host.stage(&used).expect("it is staged");
+    host.publish(&used, "pod").expect("it is published");
+    used
+}
+
+#[track_caller]
+fn take_down(host: InGuest, used: &Used) {
+    host.unpublish(used, "pod").expect("it is unpublished");
+    host.finish(used);
+    host.end();
+}
+
+#[test]
+fn the_loss_of_the_serving_node_is_a_stall_and_no_error() {
+    let mut host = InGuest::start("vm-loss");
+    let used = mounted_in_guest(&host);
+    for signal in [Signal::SIGKILL, Signal::SIGTERM] {
+        loses_its_node(&mut host, signal);
+    }
+    take_down(host, &used);
+}
+
+/// The node that serves ends by a signal, under a writer, and comes back.
+#[track_caller]
+fn loses_its_node(host: &mut InGuest, signal: Signal) {
+    let writer = Writer::start(host, &host.file("pod"));
+    let lost = host.serving();
+    let pid = host.cluster.node(lost).pid;
+    host.cluster.signal(lost, signal);
+    until_true("the node's end", 30, || !process::is_alive(pid));
+    writer.goes_on();
+    assert_ne!(host.serving(), lost);
+    writer.stop(&format!("{signal} of the serving node"));
+    host.cluster.restart(lost);
+    host.cluster.wait_in_sync("data");
+}
+
+#[test]
+fn a_driver_killed_while_its_node_is_lost_finds_the_device_again() {
+    let mut host = InGuest::start("vm-driver");
+    let used = mounted_in_guest(&host);
+    let writer = Writer::start(&host, &host.file("pod"));
+    let lost = host.serving();
+    host.kill_node();
+    process::kill_and_wait(host.cluster.node(lost).pid);
+    until_true("the loss of the connection", 60, || host.served_by().is_empty());
+    host.start_node();
+    writer.goes_on();
+    writer.stop("kill -9 of driver and serving node");
+    host.cluster.restart(lost);
+    take_down(host, &used);
+}
+
+#[test]
+fn writes_under_a_lease_that_was_taken_away_fail_soon() {
+    let host = InGuest::start("vm-lease");
+    let used = mounted_in_guest(&host);
+    let writer = Writer::start(&host, &host.file("pod"));
+    let moved = ["lease", "acquire", "data", "--host", "host-2", "--force", "--yes"];
+    let start = std::time::Instant::now();
+    host.cluster.ballastctl(2, &[&moved[..], &["--reason", "host-1 is cut off"]].concat());
+    until_true("an error for the writer", 30, || {
+        writer.log().last().is_some_and(|line| line == "failed")
+    });
+    println!(
+        "the writer's error came {:.1} s after the lease moved",
+        start.elapsed().as_secs_f64()
+    );
+    host.unpublish(&used, "pod").expect("it is unpublished");
+    host.unstage(&used).expect("it is unstaged");
+    host.cluster.ballastctl(1, &["lease", "release", "data", "--host", "host-2"]);
+    host.delete(&used).expect("it is deleted");
+    host.end();
+}
+
+/// `PF_MEMALLOC_NOIO` and `PF_LOCAL_THROTTLE` of the kernel: what an I/O flusher has.
+const FLUSHER: u64 = 0x0008_0000 | 0x0010_0000;
+
+/// As `daemon/tests/reclaim.rs`, with all rights.
+#[test]
+fn a_storage_node_is_locked_in_memory_and_an_io_flusher() {
+    let guest = Guest::take();
+    guest.run(
+        "mkdir -p /var/lib/node
+        cd /var/lib/node
+        cat >node.toml <<-'END'
+            cluster = \"0f2b5c3e-7a4d-4c1b-9e56-000000000007\"
+            node = 1
+            pool = \"pool\"
+            [listen]
+            peer = \"127.0.0.1:0\"
+            [[nodes]]
+            id = 1
+            name = \"only\"
+            peer = \"127.0.0.1:9\"
+END
+        ballastd format --config node.toml --create 256MiB
+        ballastd run --config node.toml >log 2>&1 &
+        echo $! >pid",
+    );
+    until_true("the node in the guest", 60, || {
+        let log =
+            guest.run("cd /var/lib/node; kill -0 $(cat pid) || cat log >/dev/console; cat log");
+        log.contains("node serves")
+    });
+    let field = |name: &str| {
+        let line = guest.run(&format!("grep {name}: /proc/$(cat /var/lib/node/pid)/status"));
+        line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok()).expect("in KiB")
+    };
+    assert!(field("VmLck") >= field("VmRSS"), "{} of {} KiB", field("VmLck"), field("VmRSS"));
+    // Ninth, and the name, which is second, may hold blanks.
+    let flags = "sed 's/.*) //' /proc/$(cat /var/lib/node/pid)/task/*/stat | cut -d ' ' -f 7";
+    let flags: Vec<u64> = guest.run(flags).lines().flat_map(str::parse).collect();
+    assert!(flags.len() > 1, "a shard has a thread of its own: {flags:?}");
+    assert!(flags.iter().all(|flags| flags & FLUSHER == FLUSHER), "not all threads: {flags:x?}");
+    let log = guest.run("cat /var/lib/node/log");
+    assert!(!log.contains("WARN"), "{log}");
+    guest.run("kill -9 $(cat /var/lib/node/pid); rm -rf /var/lib/node");
+}
