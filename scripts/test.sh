@@ -90,16 +90,18 @@ seeds_stage() {
     ((good > 0)) || { echo "$name ran no seed"; return 1; }
 }
 
-# Builds the tests of the whole workspace and notes what was built: folder/target and executable.
-build_tests() {
-    cargo test --workspace --locked --no-run --message-format=json-render-diagnostics \
+# Builds programs and tests of the whole workspace and notes what tests there are: folder/target and
+# executable. One command: any other selection would unify other features and build the dependencies
+# again, and two would each wait for their slowest crates.
+build_all() {
+    cargo build --workspace --bins --tests --locked --message-format=json-render-diagnostics \
         >"$logs/built.json" || return
     jq -r 'select(.reason == "compiler-artifact" and .profile.test and .executable != null)
            | [(.manifest_path | split("/") | .[-2]) + "/" + .target.name, .executable] | @tsv' \
         "$logs/built.json" >"$logs/executables"
     [[ -s $logs/executables ]]
 }
-export -f build_tests
+export -f build_all
 export logs
 
 # Runs the tests whose folder/target fits the pattern, as cargo would: each in its package's folder.
@@ -137,10 +139,7 @@ stage dependencies cargo deny check --hide-inclusion-graph bans licenses sources
 stage clippy cargo clippy --workspace --all-targets --locked -- -D warnings
 stage docs env RUSTDOCFLAGS='-D warnings' \
     cargo doc --workspace --no-deps --document-private-items --locked
-# Everything is built by two commands that select the whole workspace: any other selection would
-# unify other features and build the dependencies again.
-stage programs cargo build --workspace --bins --locked
-stage tests-built bash -c build_tests
+stage built bash -c build_all
 run_stage unit '@(block|env|raft-store|volume|cluster|nbd|nvme-tcp|node|api|daemon|tools|csi-shim|benches)/*'
 echo "simulator seed of this commit: BALLAST_SIM_SEED=$BALLAST_SIM_SEED"
 run_stage simulator 'sim/*'
