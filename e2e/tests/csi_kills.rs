@@ -11,11 +11,12 @@ use std::path::Path;
 use ballast_csi_shim::steps::{Call, Step};
 use ballast_csi_shim::v1::volume_capability::access_mode::Mode;
 use ballast_csi_shim::v1::{NodePublishVolumeRequest, Volume};
-use ballast_e2e::process;
+use ballast_e2e::process::{self, run};
+use ballast_e2e::scratch;
 use ballast_e2e::wait::until;
-use csi_driver::{Csi, Used, is_mounted, mounted};
+use csi_driver::{Csi, HOST, Used, block, is_mounted, mounted};
 use nix::sys::signal::Signal;
-use tonic::Status;
+use tonic::{Code, Status};
 
 const LIFE: [Call; 8] = [
     Call::Create,
@@ -184,6 +185,57 @@ fn nodes_killed_at_any_step_are_done_without() {
             life.call(&csi, call).unwrap_or_else(|status| panic!("after {step:?}: {status:?}"));
             life.assert_looks_like(&csi, call, round);
             csi.cluster.restart(victim);
+        }
+        csi.assert_nothing_left();
+    }
+}
+
+/// kubelet stages again whatever it finds when it starts. Servers that are silent then may be back in
+/// time for who uses the volume.
+#[test]
+fn a_volume_in_use_is_left_alone_while_its_servers_are_silent() {
+    let csi = Csi::start("csi-silent");
+    let mode = Mode::SingleNodeMultiWriter;
+    for (name, capability) in [("files", mounted(mode, "ext4")), ("device", block(mode))] {
+        let used = csi.create(name, 32, capability);
+        csi.stage(&used).expect("it is staged");
+        let target = csi.publish(&used, "pod").expect("it is published");
+        (1..=3).for_each(|node| csi.cluster.signal(node, Signal::SIGSTOP));
+        let again = csi.stage(&used);
+        (1..=3).for_each(|node| csi.cluster.signal(node, Signal::SIGCONT));
+        again.expect("it is staged");
+        let file = if name == "files" { format!("{target}/file") } else { target };
+        run(
+            "dd",
+            &["if=/dev/zero", &format!("of={file}"), "bs=64k", "count=1", "conv=notrunc,fsync"],
+        );
+        csi.unpublish(&used, "pod").expect("it is unpublished");
+        csi.finish(&used);
+    }
+    csi.assert_nothing_left();
+}
+
+/// The lease is taken away under a call that stages: the caller is told so, whatever failed of it.
+#[test]
+fn a_host_that_loses_its_lease_while_it_stages_is_told_so() {
+    let mut csi = Csi::start("csi-lost");
+    for step in [Step::RecordWritten, Step::Attached, Step::FormattingNoted, Step::Made] {
+        let mut life = Life::new(&csi, format!("data-{}", step as usize));
+        for call in [Call::Create, Call::ControllerPublish] {
+            life.call(&csi, call).unwrap_or_else(|status| panic!("{call:?}: {status:?}"));
+        }
+        csi.start_driver_stopping_at(Some(step));
+        let (program, grpc) = (scratch::program("ballastctl"), csi.cluster.node(1).grpc);
+        let program = program.display().to_string();
+        let detach = ["--endpoint", &grpc, "volume", "detach", &life.name.clone(), "--host", HOST];
+        let staged = stopped(&mut csi, &mut life, Call::Stage, |driver| {
+            run(&program, &detach);
+            process::send(driver, Signal::SIGCONT);
+        });
+        let refused = staged.expect_err("the lease has ended");
+        assert_eq!(refused.code(), Code::FailedPrecondition, "{step:?}: {refused:?}");
+        for call in [Call::Unstage, Call::ControllerUnpublish, Call::Delete] {
+            life.call(&csi, call).unwrap_or_else(|status| panic!("{call:?}: {status:?}"));
         }
         csi.assert_nothing_left();
     }

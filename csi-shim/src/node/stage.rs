@@ -13,7 +13,7 @@ use crate::attach::State;
 use crate::cluster::Asking;
 use crate::context::PublishContext;
 use crate::error::{Refusal, required};
-use crate::host::{files, mounts};
+use crate::host::{HostError, files, mounts};
 use crate::modes::{self, Access, FILE_SYSTEMS};
 use crate::parameters;
 use crate::steps::{self, Step};
@@ -57,12 +57,14 @@ impl Worker {
         Handle::current().block_on(asking.volume(id))?;
         let device = self.attacher.attach(&record.attachment())?;
         steps::reached(Step::Attached);
-        if record.block {
-            content::ensure_raw(asking, &record)?;
-        } else {
-            self.mount(asking, &record, &device)?;
+        let done = match record.block {
+            true => content::ensure_raw(asking, &record),
+            false => self.mount(asking, &record, &device),
+        };
+        match done {
+            Ok(()) => Ok(NodeStageVolumeResponse {}),
+            Err(refusal) => Err(explain(asking, &record, refusal)),
         }
-        Ok(NodeStageVolumeResponse {})
     }
 
     /// Whether the volume is attached under this lease and shows somewhere. Then nothing is left to
@@ -130,6 +132,22 @@ impl Worker {
             State::Attached(device) => Ok(device),
             State::None | State::Broken => Err(Refusal::NotStaged(record.volume_id.clone())),
         }
+    }
+}
+
+/// Why a tool failed on the device, where the reason is that the host lost its lease meanwhile: the
+/// tool itself saw no more than I/O errors.
+fn explain(asking: &Asking, record: &Record, refusal: Refusal) -> Refusal {
+    if !matches!(refusal, Refusal::Host(_)) {
+        return refusal;
+    }
+    match Handle::current().block_on(asking.volume(&record.volume_id)) {
+        Err(gone @ Refusal::VolumeUnknown(_)) => gone,
+        Ok((volume, _)) if volume.leases.iter().all(|lease| lease.epoch != record.epoch) => {
+            let over = format!("lease {} has ended meanwhile ({refusal})", record.epoch);
+            HostError::LeaseOver(over).into()
+        }
+        _ => refusal,
     }
 }
 
