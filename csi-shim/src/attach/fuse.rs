@@ -7,7 +7,7 @@ use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -65,6 +65,7 @@ impl FuseAttacher {
         };
         // A process group of its own: what is told to this one's is not told to the link.
         command.process_group(0).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        let start = Instant::now();
         let mut child = command.spawn().map_err(missing)?;
         steps::reached(Step::LinkStarted);
         let mut ended = None;
@@ -77,6 +78,7 @@ impl FuseAttacher {
             // It is this process's child until then, and init's after; somebody must see its end.
             std::thread::spawn(move || child.wait());
             steps::reached(Step::LinkMounted);
+            tracing::debug!(program = "link", ms = start.elapsed().as_millis(), "serves");
             return Ok(());
         }
         // It may have ended already.

@@ -108,9 +108,11 @@ pub fn within<T: Send + 'static>(
     wait.recv_timeout(time).map_err(slow)
 }
 
-/// Looks until there is an answer, or time is over.
+/// Looks until there is an answer, or time is over. Most answers take some milliseconds, so looks are
+/// that frequent at first; what takes long is looked at [fifty times a second](LONGEST_PAUSE).
 pub fn poll<T>(time: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
     let start = std::time::Instant::now();
+    let mut pause = Duration::from_millis(1);
     loop {
         if let Some(found) = look() {
             return Some(found);
@@ -118,6 +120,9 @@ pub fn poll<T>(time: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T>
         if start.elapsed() >= time {
             return None;
         }
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep(pause);
+        pause = (pause + pause / 4).min(LONGEST_PAUSE);
     }
 }
+
+const LONGEST_PAUSE: Duration = Duration::from_millis(20);

@@ -5,7 +5,7 @@
 
 use std::io::Read;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{HostError, poll};
 use crate::steps;
@@ -28,6 +28,7 @@ pub struct Ended {
 pub fn run(program: &str, arguments: &[&str], time: Duration) -> Result<Ended, HostError> {
     use std::os::unix::process::ExitStatusExt;
     let missing = |error| HostError::ProgramMissing { program: program.to_owned(), error };
+    let start = Instant::now();
     let mut child = Command::new("setpriv")
         .args(["--pdeathsig", "KILL", "--", program])
         .args(arguments)
@@ -53,6 +54,7 @@ pub fn run(program: &str, arguments: &[&str], time: Duration) -> Result<Ended, H
         return Err(HostError::Slow { what: program.to_owned(), after: time });
     };
     let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
+    tracing::debug!(program, code, ms = start.elapsed().as_millis(), "ran");
     Ok(Ended { code, output, errors })
 }
 

@@ -17,7 +17,7 @@ use ballast_block::NodeId;
 use ballast_block::limits::ADMIN_REQUEST_BYTES_MAX;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
-use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::server::TcpIncoming;
 
 use crate::shard::Shard;
 use service::Service;
@@ -76,11 +76,14 @@ impl Access {
 pub async fn serve(listener: TcpListener, access: Access) {
     let service =
         AdminServer::new(Service { access }).max_decoding_message_size(ADMIN_REQUEST_BYTES_MAX);
+    // An answer is several small pieces, each of which would wait for the one before to be acknowledged:
+    // 40 ms a call.
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let served = tonic::transport::Server::builder()
         .concurrency_limit_per_connection(REQUESTS_MAX)
         .timeout(REQUEST_MAX)
         .add_service(service)
-        .serve_with_incoming(TcpListenerStream::new(listener))
+        .serve_with_incoming(incoming)
         .await;
     if let Err(error) = served {
         tracing::error!(%error, "administration is not served any more");
