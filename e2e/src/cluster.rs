@@ -102,6 +102,12 @@ impl Cluster {
             self.wait_node(node.id);
         }
         self.wait_in_sync("demo");
+        // Nodes may know a volume before the supervisor hears that it is made; one that is killed
+        // then takes the supervisor with it.
+        wait::until_true("the volume in dev.json", READY, || {
+            let volumes = read_dev(&self.data())["volumes"].as_array().cloned();
+            volumes.is_some_and(|volumes| volumes.iter().any(|volume| volume["name"] == "demo"))
+        });
     }
 
     /// The folder given as `--data`.
@@ -422,9 +428,14 @@ fn start_dev(scratch: &Scratch, options: &Options) -> Running {
 }
 
 /// What `dev.json` says; nothing while it is being written.
-fn read_nodes(data: &std::path::Path) -> Vec<Node> {
+fn read_dev(data: &std::path::Path) -> Value {
     let text = std::fs::read_to_string(data.join("dev.json")).unwrap_or_default();
-    let Ok(json) = serde_json::from_str::<Value>(&text) else { return Vec::new() };
+    serde_json::from_str(&text).unwrap_or(Value::Null)
+}
+
+/// The nodes in `dev.json`.
+fn read_nodes(data: &std::path::Path) -> Vec<Node> {
+    let json = read_dev(data);
     let list = json["nodes"].as_array().or_else(|| json.as_array()).cloned().unwrap_or_default();
     let text = |node: &Value, name: &str| node[name].as_str().map(str::to_string);
     list.iter()

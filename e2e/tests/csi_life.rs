@@ -19,7 +19,7 @@ use ballast_e2e::postgres::{Postgres, forget_server};
 use ballast_e2e::process::{self, Running, output, run};
 use ballast_e2e::scratch::{self, Scratch};
 use ballast_e2e::wait::until_true;
-use csi_driver::{Driver, MIB, Used, block, bytes_of, may_grow_ext4, mounted};
+use csi_driver::{Driver, MIB, Used, block, bytes_of, left, may_grow_ext4, mounted};
 use nix::sys::signal::Signal;
 
 const FIRST: &str = "node-1";
@@ -162,28 +162,15 @@ impl Life {
         assert!(!fs::exists(&placed.target).expect("the folder can be read"), "the target stays");
     }
 
-    #[track_caller]
-    fn replicas(&self) -> Vec<u64> {
-        (1..=3).map(|id| self.cluster.metric(id, "ballast_replicas")).collect()
-    }
-
     /// No lease, volume, replica, mount, loop device, link, record, NBD session.
     #[track_caller]
-    fn assert_nothing_left(&self, replicas_before: &[u64]) {
+    fn assert_nothing_left(&self) {
         self.first.assert_nothing_left();
         self.second.assert_nothing_left();
         let mounts = fs::read_to_string("/proc/self/mounts").expect("the table is there");
         assert!(!mounts.contains(&self.home.file("")), "{mounts}");
-        let leases = self.cluster.ballastctl(2, &["lease", "list", "-o", "json"]);
-        assert!(!leases.contains("\"host\""), "{leases}");
-        let volumes = self.cluster.ballastctl(3, &["volume", "list", "-o", "json"]);
-        assert!(!volumes.contains("\"db\"") && !volumes.contains("\"raw\""), "{volumes}");
-        // Replicas and sessions go when their nodes have heard of it.
-        until_true("the end of the replicas", 30, || self.replicas() == replicas_before);
+        left::assert_cluster_is_empty(&self.cluster);
         for node in self.cluster.nodes() {
-            until_true("the end of all attachments", 30, || {
-                self.cluster.metric(node.id, "ballast_attachments") == 0
-            });
             let port = node.nbd.trim_end_matches('/').rsplit(':').next().unwrap_or_default();
             let of_server = ["-Htn", "state", "established", "sport", "=", &format!(":{port}")];
             until_true("the end of all NBD connections", 30, || run("ss", &of_server).is_empty());
@@ -238,7 +225,6 @@ struct Old {
 fn live(test: &str, death: Death, fs_type: &str) {
     let mut life = Life::start(test);
     let logs = life.cluster.scratch.path().to_owned();
-    let replicas_before = life.replicas();
     let db = life.controller.create_volume("db", DATABASE_MIB, database_volume(fs_type));
     let raw = life.controller.create_volume("raw", RAW_MIB, block(Mode::SingleNodeWriter));
     let mut old = begin_and_go(&mut life, death, &db, &raw);
@@ -269,7 +255,7 @@ fn live(test: &str, death: Death, fs_type: &str) {
             life.controller.delete(&placed.used).expect("it is deleted");
         }
     }
-    life.assert_nothing_left(&replicas_before);
+    life.assert_nothing_left();
 }
 
 /// A database and a writer of raw blocks on the first host, which then goes. Where it lives on, so

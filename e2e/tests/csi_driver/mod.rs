@@ -2,7 +2,7 @@
 
 #![allow(dead_code, reason = "each file of tests uses its part")]
 
-mod left;
+pub mod left;
 
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
