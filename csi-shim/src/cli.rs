@@ -35,6 +35,10 @@ pub struct Cli {
     /// How volumes become block devices.
     #[arg(long, value_enum, default_value_t = Nbd::Auto)]
     pub nbd: Nbd,
+    /// Connections per volume that the kernel's NBD client has: 1 to 16, at most one per processor.
+    #[arg(long, value_name = "N", default_value_t = 4,
+          value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub nbd_connections: u16,
     /// NBD addresses to try before those that the controller gives: HOST:PORT, separated by commas.
     #[arg(long, value_name = "ADDRESS", value_delimiter = ',', value_parser = parse_address)]
     pub nbd_address: Vec<Address>,

@@ -146,7 +146,7 @@ fn node_service(cli: &Cli, node_id: String, cluster: Cluster) -> Result<NodeServ
     // Paths are compared with the kernel's, which has no links in them.
     let folder = cli.state_dir.canonicalize().map_err(state)?;
     let program = std::env::current_exe().map_err(state)?;
-    let attacher = attach::choose(cli.nbd, &folder, &program)?;
+    let attacher = attach::choose(cli.nbd, cli.nbd_connections, &folder, &program)?;
     tracing::info!(attacher = attacher.name(), "volumes become block devices");
     let host = Host {
         node_id,

@@ -83,32 +83,35 @@ impl Connection {
     /// # Errors
     /// The network's.
     pub fn send(&mut self, command: u16, handle: u64, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.send_for(command, handle, offset, data.len() as u32, data)
+        self.send_head(command, handle, offset, data.len() as u32)?;
+        self.send_more(data)
     }
 
-    /// Asks for so many bytes.
+    /// Sends a request without the data that it carries.
     ///
     /// # Errors
     /// The network's.
-    pub fn send_read(&mut self, handle: u64, offset: u64, length: u32) -> io::Result<()> {
-        self.send_for(READ, handle, offset, length, &[])
-    }
-
-    fn send_for(
+    pub fn send_head(
         &mut self,
         command: u16,
         handle: u64,
         offset: u64,
         length: u32,
-        data: &[u8],
     ) -> io::Result<()> {
         let mut message = vec![0x25, 0x60, 0x95, 0x13, 0, 0];
         message.extend(command.to_be_bytes());
         message.extend(handle.to_be_bytes());
         message.extend(offset.to_be_bytes());
         message.extend(length.to_be_bytes());
-        message.extend(data);
         self.stream.write_all(&message)
+    }
+
+    /// Sends data of a write.
+    ///
+    /// # Errors
+    /// The network's.
+    pub fn send_more(&mut self, data: &[u8]) -> io::Result<()> {
+        self.stream.write_all(data)
     }
 
     /// The next answer. What a read brings is to be taken by [`Connection::data`].

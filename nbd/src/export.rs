@@ -6,8 +6,10 @@ use ballast_block::Epoch;
 use ballast_block::limits::NAME_BYTES_MAX;
 use thiserror::Error;
 
+use crate::lanes::{LANES_MAX, SessionLane};
+
 /// What an export name asks for: `NAME`, or nothing for the only volume, then perhaps `@` and words
-/// with commas between them: `ro`, `lease=EPOCH`.
+/// with commas between them: `ro`, `lease=EPOCH`, `session=HEX16,lane=K`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExportName {
     /// The volume's name; `None` means the only volume there is.
@@ -16,6 +18,8 @@ pub struct ExportName {
     pub access: Access,
     /// The lease that it is used under, by its epoch.
     pub lease: Option<Epoch>,
+    /// The session that the connection is one of, if it writes and is not the client's only one.
+    pub lane: Option<SessionLane>,
 }
 
 /// How an export is to be used.
@@ -47,7 +51,8 @@ pub enum ExportNameError {
     /// What follows the `@` is not known.
     #[error(
         "export name ends in an unknown \"@\" part; use NAME, NAME@ro to open it read-only, or \
-         NAME@lease=EPOCH or NAME@ro,lease=EPOCH to open it under a lease"
+         NAME@lease=EPOCH or NAME@ro,lease=EPOCH to open it under a lease; further connections of a \
+         session that writes add session=16 HEX DIGITS,lane=0 to 15"
     )]
     UnknownSuffix,
 }
@@ -64,7 +69,7 @@ impl ExportName {
             Some((_, "")) => return Err(ExportNameError::UnknownSuffix),
             Some(parts) => parts,
         };
-        let (access, lease) = parse_words(words).ok_or(ExportNameError::UnknownSuffix)?;
+        let (access, lease, lane) = parse_words(words).ok_or(ExportNameError::UnknownSuffix)?;
         if volume.len() > NAME_BYTES_MAX {
             return Err(ExportNameError::TooLong { length: volume.len() });
         }
@@ -73,27 +78,50 @@ impl ExportName {
             return Err(ExportNameError::BadCharacter);
         }
         let volume = (!volume.is_empty()).then(|| volume.to_owned());
-        Ok(Self { volume, access, lease })
+        Ok(Self { volume, access, lease, lane })
     }
 }
 
-/// What stands behind the `@`: each word at most once, `ro` first.
-fn parse_words(words: &str) -> Option<(Access, Option<Epoch>)> {
-    let (access, rest) = match words {
-        "ro" => (Access::ReadOnly, ""),
-        _ => match words.strip_prefix("ro,") {
-            Some("") => return None,
-            Some(rest) => (Access::ReadOnly, rest),
-            None => (Access::ReadWrite, words),
-        },
-    };
-    if rest.is_empty() {
-        return Some((access, None));
+/// What stands behind the `@`: each word at most once and in this order, a session only of a writer.
+fn parse_words(words: &str) -> Option<(Access, Option<Epoch>, Option<SessionLane>)> {
+    if words.is_empty() {
+        return Some((Access::ReadWrite, None, None));
     }
-    let digits = rest.strip_prefix("lease=")?;
-    let plain = !digits.starts_with('0') && digits.bytes().all(|byte| byte.is_ascii_digit());
-    let epoch = digits.parse().ok().filter(|_| plain)?;
-    Some((access, Some(Epoch(epoch))))
+    let mut words = words.split(',').peekable();
+    let mut access = Access::ReadWrite;
+    if words.next_if_eq(&"ro").is_some() {
+        access = Access::ReadOnly;
+    }
+    let mut value = |name: &str| words.next_if(|word| word.starts_with(name))?.strip_prefix(name);
+    let (lease, session, lane) = (value("lease="), value("session="), value("lane="));
+    let lease = match lease {
+        Some(digits) => Some(Epoch(parse_number(digits).filter(|epoch| *epoch != 0)?)),
+        None => None,
+    };
+    let lane = match (session, lane) {
+        (Some(session), Some(lane)) if access == Access::ReadWrite => {
+            Some(SessionLane { session: parse_session(session)?, lane: parse_lane(lane)? })
+        }
+        (None, None) => None,
+        _ => return None,
+    };
+    words.next().is_none().then_some((access, lease, lane))
+}
+
+/// Decimal digits as they are printed: there is one way to write a name.
+fn parse_number(digits: &str) -> Option<u64> {
+    let number: u64 = digits.parse().ok()?;
+    (number.to_string() == digits).then_some(number)
+}
+
+fn parse_session(digits: &str) -> Option<u64> {
+    let session = u64::from_str_radix(digits, 16).ok()?;
+    (format!("{session:016x}") == digits).then_some(session)
+}
+
+fn parse_lane(digits: &str) -> Option<u16> {
+    let lane = u16::try_from(parse_number(digits)?).ok()?;
+    (lane < LANES_MAX).then_some(lane)
 }
 
 /// A question to the caller: may this export be used, and what is it?
@@ -205,7 +233,7 @@ mod tests {
     use super::*;
 
     fn name(volume: Option<&str>, access: Access) -> Result<ExportName, ExportNameError> {
-        Ok(ExportName { volume: volume.map(str::to_owned), access, lease: None })
+        Ok(ExportName { volume: volume.map(str::to_owned), access, lease: None, lane: None })
     }
 
     fn leased(name: &[u8]) -> (Access, Option<u64>) {
@@ -222,6 +250,39 @@ mod tests {
         assert_eq!(ExportName::parse(b"@ro"), name(None, Access::ReadOnly));
         assert_eq!(leased(b"db-0@lease=7"), (Access::ReadWrite, Some(7)));
         assert_eq!(leased(b"db-0@ro,lease=71"), (Access::ReadOnly, Some(71)));
+    }
+
+    #[test]
+    fn lanes() {
+        let lane = |name: &str| {
+            let name = ExportName::parse(name.as_bytes()).expect("a name");
+            name.lane.map(|lane| (name.lease.map(|epoch| epoch.0), lane.session, lane.lane))
+        };
+        let session = 0x0123_4567_89ab_cdef;
+        let name = "db@lease=7,session=0123456789abcdef,lane=15";
+        assert_eq!(lane(name), Some((Some(7), session, 15)));
+        assert_eq!(lane("db@session=0000000000000000,lane=0"), Some((None, 0, 0)));
+        for refused in [
+            "session=0123456789abcdef",
+            "lane=3",
+            "lease=7,lane=3",
+            "lane=3,session=0123456789abcdef",
+            "session=0123456789abcdef,lane=16",
+            "session=0123456789abcdef,lane=03",
+            "session=0123456789abcdef,lane=",
+            "session=0123456789abcdef,lane=1,",
+            "session=0123456789abcdef,lane=1,lane=1",
+            "session=0123456789ABCDEF,lane=1",
+            "session=123456789abcdef,lane=1",
+            "session=+123456789abcdef,lane=1",
+            "session=00123456789abcdef,lane=1",
+            "session=0123456789abcdef,lease=7,lane=1",
+            "ro,session=0123456789abcdef,lane=1",
+            "ro,lease=7,session=0123456789abcdef,lane=1",
+        ] {
+            let parsed = ExportName::parse(format!("db@{refused}").as_bytes());
+            assert_eq!(parsed, Err(ExportNameError::UnknownSuffix), "{refused}");
+        }
     }
 
     #[test]

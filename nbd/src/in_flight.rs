@@ -86,6 +86,14 @@ impl InFlight {
         pending.reply
     }
 
+    /// # Panics
+    /// As [`InFlight::remove`].
+    pub(crate) fn reply(&self, id: CommandId) -> &Reply {
+        let pending = self.slots.get(id.slot).and_then(Option::as_ref);
+        let pending = pending.filter(|pending| pending.number == id.number);
+        &pending.expect("only commands in flight are asked for").reply
+    }
+
     pub(crate) fn count(&self) -> usize {
         self.count
     }

@@ -14,6 +14,7 @@ mod handshake;
 mod in_flight;
 mod input;
 mod io_command;
+mod lanes;
 mod memory;
 mod reply;
 mod session;
@@ -25,6 +26,7 @@ pub use export::{
     Purpose,
 };
 pub use in_flight::CommandId;
+pub use lanes::{HandleOrders, LANES_MAX, SessionLane};
 pub use memory::RequestMemory;
 pub use reply::ReplyQueue;
 pub use session::{Event, Session, SuspendedHandshake, Want};

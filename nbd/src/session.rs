@@ -335,6 +335,17 @@ impl Session {
         &mut self.replies
     }
 
+    /// What the client calls a command in flight: its handle, as a big-endian number.
+    ///
+    /// # Panics
+    /// When the command is not in flight: a bug of the caller.
+    pub fn handle_of(&self, id: CommandId) -> u64 {
+        match &self.phase {
+            Phase::Transmission(transmission) => transmission.in_flight.reply(id).cookie(),
+            _ => panic!("a handle without a command"),
+        }
+    }
+
     /// Commands given out and not completed.
     pub fn commands_in_flight(&self) -> usize {
         match &self.phase {

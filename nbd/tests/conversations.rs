@@ -128,7 +128,8 @@ fn refused_exports() {
                 name to read it";
     let unknown = "no volume of this name; list the exports to see which there are";
     let suffix = "export name ends in an unknown \"@\" part; use NAME, NAME@ro to open it \
-                  read-only, or NAME@lease=EPOCH or NAME@ro,lease=EPOCH to open it under a lease";
+                  read-only, or NAME@lease=EPOCH or NAME@ro,lease=EPOCH to open it under a lease; further connections of a session \
+                  that writes add session=16 HEX DIGITS,lane=0 to 15";
     negotiate(
         &[go(7, "held", &[]), go(7, "nosuch", &[]), go(7, "disk@token=7", &[]), option(8, b"")],
         &[error(7, 2, held), error(7, 6, unknown), error(7, 3, suffix), ack(8)],

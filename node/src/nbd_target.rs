@@ -1,6 +1,6 @@
 //! NBD clients: the socket, the session, and the commands in flight. Steps 1, 2 and 8 of a write.
 //!
-//! One task per connection. It begins on shard 0, which listens, and travels to the volume's shard
+//! One task per connection; what several of one client have in common is [`crate::nbd_lanes`]. It begins on shard 0, which listens, and travels to the volume's shard
 //! when the client opens an export. It reads only while the session wants input, so what a client may have
 //! in flight is bounded by the session; a write's payload goes from the socket straight into an
 //! aligned, pooled buffer.
@@ -23,12 +23,13 @@ use ballast_nbd::{
     Session, SuspendedHandshake, Want,
 };
 use bytes::Buf;
-use futures_util::future::{LocalBoxFuture, join};
+use futures_util::future::{FutureExt, LocalBoxFuture, join};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 
 use crate::client::{AttachError, VolumeClient};
 use crate::leases::{COPY_LAG_MAX, LeasePolicy};
+use crate::nbd_lanes::{self, Place};
 use crate::node::Inner;
 use crate::shards::{Arrival, HandOverError};
 
@@ -106,6 +107,10 @@ struct Connection<E: Env> {
     from: String,
     session: Session,
     client: Option<Rc<VolumeClient<E>>>,
+    /// Its place among the connections of its client, if that has several to write by.
+    place: Option<Place<E>>,
+    /// Completes when the session of that place has ended.
+    others_ended: LocalBoxFuture<'static, ()>,
     running: FuturesUnordered<LocalBoxFuture<'static, Completion>>,
     attached: Rc<Cell<bool>>,
     /// Of the cluster's state when the volume's size was looked at last.
@@ -142,10 +147,23 @@ impl<E: Env> Connection<E> {
     fn new(inner: Rc<Inner<E>>, stream: E::Stream, from: String, mut session: Session) -> Self {
         session.share(inner.request_memory.clone());
         let running = FuturesUnordered::new();
-        let (client, attached) = (None, Rc::default());
+        let (client, place, attached) = (None, None, Rc::default());
+        let others_ended = std::future::pending().boxed_local();
         let _counted = Counted::new(inner.clone());
         let revision_seen = 0;
-        Self { inner, stream, from, session, client, running, attached, revision_seen, _counted }
+        Self {
+            inner,
+            stream,
+            from,
+            session,
+            client,
+            place,
+            others_ended,
+            running,
+            attached,
+            revision_seen,
+            _counted,
+        }
     }
 
     /// Serves the client; `asked` is what it waits for already.
@@ -174,13 +192,18 @@ impl<E: Env> Connection<E> {
             }
         };
         self.session.stop_waiting();
-        if let Some(client) = &self.client {
-            client.let_go();
-        }
         if *stopping.borrow() {
             self.session.begin_shutdown();
         }
-        let Self { inner, stream, mut session, client, mut running, _counted, .. } = self;
+        let good_bye = sound && !self.session.is_over() && self.session.commands_in_flight() == 0;
+        match (&self.place, &self.client) {
+            (Some(_), _) if good_bye => {}
+            // Before the connection is closed: what the client does then comes too late.
+            (Some(place), _) => place.end(),
+            (None, Some(client)) => client.let_go(),
+            (None, None) => {}
+        }
+        let Self { inner, stream, mut session, client, place, mut running, _counted, .. } = self;
         // What is in flight runs to its end: dropped half-way, a write would leave its lock while
         // its entry is on its way.
         let in_flight = async {
@@ -202,7 +225,11 @@ impl<E: Env> Connection<E> {
         };
         join(in_flight, closed).await;
         drop((session, _counted));
-        if let Some(client) = client {
+        let left_behind = match place {
+            Some(place) => place.depart(good_bye),
+            None => client,
+        };
+        if let Some(client) = left_behind {
             client.detach().await;
         }
     }
@@ -282,6 +309,11 @@ impl<E: Env> Connection<E> {
     /// Does whatever can be done now: completions, sending, receiving.
     fn poll_progress(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut progress = false;
+        if self.others_ended.poll_unpin(context).is_ready() {
+            self.others_ended = std::future::pending().boxed_local();
+            self.session.end();
+            return Poll::Ready(Ok(()));
+        }
         while let Poll::Ready(Some((id, result))) = self.running.poll_next_unpin(context) {
             self.session.complete(id, result);
             progress = true;
@@ -329,6 +361,10 @@ impl<E: Env> Connection<E> {
                 self.session.payload_buffer(self.inner.buffers.get(length));
             }
             Event::Command { id, command } => {
+                let handle = self.session.handle_of(id);
+                if self.place.as_ref().is_some_and(|place| !place.may_run(handle)) {
+                    return self.session.end();
+                }
                 let client = self.client.clone().expect("commands follow an attachment");
                 self.running.push(Box::pin(async move { (id, client.run(command).await) }));
             }
@@ -372,20 +408,28 @@ impl<E: Env> Connection<E> {
         if epoch == Epoch(0) && self.inner.config.leases == LeasePolicy::Required {
             return Err(OpenExportError::LeaseNeeded);
         }
-        let client = VolumeClient::open(self.inner.clone(), &volume.name, read_only, epoch).await;
-        let client = client.map_err(|error| match error {
-            AttachError::VolumeUnknown(_) => OpenExportError::Unknown,
-            AttachError::Held(node) => {
-                OpenExportError::AlreadyAttached { holder: format!("a client of {node}") }
+        let attach = || VolumeClient::open(self.inner.clone(), &volume.name, read_only, epoch);
+        let client = match open.name.lane {
+            None => attach().await.map(|client| Some(Rc::new(client))),
+            Some(lane) => {
+                let place = nbd_lanes::join(&self.inner, (volume.family, epoch), lane);
+                let client = place.attached(attach).await;
+                if matches!(client, Ok(Some(_))) {
+                    self.others_ended = place.ended().boxed_local();
+                    self.place = Some(place);
+                }
+                client
             }
-            AttachError::NoQuorum => OpenExportError::NoQuorum,
-            AttachError::NotLeased(epoch) => OpenExportError::LeaseNotInForce(epoch),
-            AttachError::Leased => OpenExportError::LeasedElsewhere { holder: holders(&volume) },
+        };
+        let client = client.map_err(|error| refusal(error, &volume))?;
+        let client = client.ok_or_else(|| OpenExportError::NotServedHere {
+            why: "another connection of this session has ended".to_owned(),
         })?;
         tracing::info!(from = self.from, volume = volume.name, read_only, "NBD client attached");
-        let info = export_info(volume.name, client.size(), read_only);
+        let mut info = export_info(volume.name, client.size(), read_only);
+        info.multi_connection |= self.place.is_some();
         self.attached.set(true);
-        self.client = Some(Rc::new(client));
+        self.client = Some(client);
         Ok(info)
     }
 }
@@ -429,6 +473,18 @@ where
     let mut unread = vec![0; UNREAD_BYTES];
     while stream.read(&mut unread).await? > 0 {}
     Ok(())
+}
+
+fn refusal(error: AttachError, volume: &Volume) -> OpenExportError {
+    match error {
+        AttachError::VolumeUnknown(_) => OpenExportError::Unknown,
+        AttachError::Held(node) => {
+            OpenExportError::AlreadyAttached { holder: format!("a client of {node}") }
+        }
+        AttachError::NoQuorum => OpenExportError::NoQuorum,
+        AttachError::NotLeased(epoch) => OpenExportError::LeaseNotInForce(epoch),
+        AttachError::Leased => OpenExportError::LeasedElsewhere { holder: holders(volume) },
+    }
 }
 
 /// Who holds the volume's leases, for people.

@@ -34,6 +34,7 @@ use crate::cluster_group::{
 };
 use crate::config::{Founder, NodeConfig};
 use crate::meters::Meters;
+use crate::nbd_lanes::Sessions;
 use crate::peers::identity::Identity;
 use crate::peers::links::{Handler, Links};
 use crate::peers::raft_net::{RaftNet, Transfers};
@@ -133,7 +134,8 @@ pub(crate) struct Inner<E: Env> {
     pub(crate) opened_in: Duration,
     /// NBD clients connected now.
     pub(crate) nbd_connections: Cell<usize>,
-    /// Told when there is one less.
+    pub(crate) nbd_sessions: Sessions<E>,
+    /// Told when there is one connection less.
     pub(crate) nbd_closed: Notify,
     pub(crate) request_memory: Rc<RequestMemory>,
     pub(crate) nbd_addresses: RefCell<Vec<Address>>,
@@ -313,6 +315,7 @@ impl<E: Env> Node<E> {
             meters: Meters::default(),
             opened_in,
             nbd_connections: Cell::new(0),
+            nbd_sessions: RefCell::default(),
             nbd_closed: Notify::new(),
             request_memory,
             nbd_addresses: RefCell::default(),

@@ -48,7 +48,7 @@ impl Plan {
         let shape = Rng::named(seed, "shape", 0);
         let writers = if attaches { *shape.pick(&[1, 1, 2]) } else { 1 };
         let readers = if attaches { *shape.pick(&[0, 0, 1]) } else { 0 };
-        let mix = Mix {
+        let mut mix = Mix {
             depth: *rng.pick(&[1, 2, 4, 8, 16]),
             // All of a volume that does not fit the pools.
             blocks: if volume_blocks > 8 << 10 {
@@ -65,7 +65,13 @@ impl Plan {
             reader: false,
             leave_after: if writers > 1 { shape.between(5, 100) } else { 0 },
             leased: attaches && Rng::named(seed, "leases", 0).chance(330_000),
+            lanes: 0,
+            moves_hidden: false,
         };
+        let lanes = Rng::named(seed, "host lanes", 0);
+        // Who takes the volume from another without a lease may take it from one that asks again.
+        let alone = writers == 1 || mix.leased;
+        mix.lanes = if attaches && alone { *lanes.pick(&[0, 0, 2, 4]) } else { 0 };
         let faults = Faults::of(&rng);
         Self {
             nodes: system.nodes(),

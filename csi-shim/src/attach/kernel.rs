@@ -2,23 +2,26 @@
 //!
 //! The handshake is ours, the socket then the kernel's: it needs this process no more until the
 //! connection is lost. Then requests wait (`DEAD_CONNECTION`), and the watcher here gives the kernel a
-//! connection to another server. What is attached is told by each device's `backend` in /sys.
+//! connection to another server ([`watch`]). What is attached is told by each device's `backend` in /sys.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::{Shutdown, TcpStream};
-use std::os::fd::AsRawFd;
+mod sockets;
+mod sysfs;
+mod watch;
+
+use std::collections::BTreeMap;
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv};
 
 use super::{Attacher, Attachment, State};
 use crate::context::Address;
-use crate::host::netlink::{self, Family, attribute, nested};
+use crate::host::netlink::{self, Family, attribute};
 use crate::host::{HostError, disks, files, poll, tools, within};
-use crate::link::nbd::{self, ConnectError, Export};
+use sockets::{NotOpen, Opened};
+use sysfs::{backend, devices, path_of};
 
 const FAMILY: &str = "nbd";
 const NOTICES: &str = "nbd_mc_group";
@@ -55,13 +58,6 @@ const DEVICE_TIME: Duration = Duration::from_secs(20);
 /// How long a block may take to be read from a server that is well.
 const ANSWER_TIME: Duration = Duration::from_secs(3);
 
-/// How long the watcher waits for a notice, with nothing to do and with a device that has no server.
-const QUIET_TIME: Duration = Duration::from_secs(60);
-const RETRY_TIME: Duration = Duration::from_secs(1);
-
-/// How long one look for a server takes at most, but for servers that do not answer: others wait.
-const REPAIR_TIME: Duration = Duration::from_secs(2);
-
 /// What the kernel takes to notice, on both of its sides, that a connection was hung up.
 const NOTICE_TIME: Duration = Duration::from_millis(100);
 
@@ -79,7 +75,9 @@ struct Shared {
     folder: PathBuf,
     /// The sockets that this life of the process gave to the kernel, by device, to hang up with. Held
     /// through every change: two changes at a time would tear each other's connections.
-    sockets: Mutex<BTreeMap<u32, TcpStream>>,
+    sockets: Mutex<BTreeMap<u32, Vec<TcpStream>>>,
+    /// Connections that a device is to have.
+    connections: u16,
 }
 
 /// Whether this kernel has the client.
@@ -88,11 +86,12 @@ pub fn is_there() -> bool {
 }
 
 impl KernelAttacher {
-    /// Keeps its files below `folder`, and watches over connections until the process ends.
+    /// Keeps its files below `folder`, gives each device so many connections, and watches over them
+    /// until the process ends.
     ///
     /// # Errors
     /// When the kernel has no NBD client.
-    pub fn new(folder: &Path) -> Result<KernelAttacher, HostError> {
+    pub fn new(folder: &Path, connections: u16) -> Result<KernelAttacher, HostError> {
         let folder = folder.join("attach");
         files::make_folder(&folder)?;
         let none = |error: Errno| {
@@ -102,81 +101,10 @@ impl KernelAttacher {
         };
         let notices =
             Family::open(FAMILY).and_then(|family| family.listen(NOTICES)).map_err(none)?;
-        let shared = Arc::new(Shared { folder, sockets: Mutex::default() });
+        let shared = Arc::new(Shared { folder, sockets: Mutex::default(), connections });
         let watcher = Arc::clone(&shared);
-        std::thread::spawn(move || watcher.watch(&notices));
+        std::thread::spawn(move || watch::watch(&watcher, &notices));
         Ok(KernelAttacher { shared })
-    }
-}
-
-/// What `backend` says of a device of ours.
-fn backend(attachment: &Attachment) -> String {
-    format!("ballast/{}/{}", attachment.volume_id, attachment.export)
-}
-
-/// The devices that the kernel has, with what their `backend` says.
-fn devices() -> Vec<(u32, String)> {
-    let entries = std::fs::read_dir("/sys/block").into_iter().flatten().flatten();
-    let device = |entry: std::fs::DirEntry| {
-        let number = entry.file_name().to_str()?.strip_prefix("nbd")?.parse().ok()?;
-        let backend = std::fs::read_to_string(entry.path().join("backend")).ok()?;
-        // Only a connected device has a pid.
-        entry.path().join("pid").exists().then(|| (number, backend.trim().to_owned()))
-    };
-    let mut found: Vec<(u32, String)> = entries.filter_map(device).collect();
-    found.sort();
-    found
-}
-
-/// The volume's id and the export of a device, if it is one of ours.
-fn ours(index: u32) -> Option<(String, String)> {
-    let (_, backend) = devices().into_iter().find(|(it, _)| *it == index)?;
-    let (volume_id, export) = backend.strip_prefix("ballast/")?.split_once('/')?;
-    Some((volume_id.to_owned(), export.to_owned()))
-}
-
-fn path_of(index: u32) -> PathBuf {
-    PathBuf::from(format!("/dev/nbd{index}"))
-}
-
-/// Why no server opens an export.
-enum NotOpen {
-    /// None ever will again: its lease has ended.
-    LeaseOver(ConnectError),
-    /// None does now.
-    Yet(HostError),
-}
-
-impl From<NotOpen> for HostError {
-    fn from(not_open: NotOpen) -> HostError {
-        match not_open {
-            NotOpen::LeaseOver(error) => HostError::LeaseOver(error.to_string()),
-            NotOpen::Yet(error) => error,
-        }
-    }
-}
-
-/// Opens the export at the first server that does, within so much time, or one round over all.
-fn open_anywhere(attachment: &Attachment, time: Duration) -> Result<Export, NotOpen> {
-    let failed = |error: &dyn std::fmt::Display| HostError::Unexpected(error.to_string());
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(|error| NotOpen::Yet(failed(&error)))?;
-    let start = std::time::Instant::now();
-    loop {
-        let mut last = failed(&"no NBD address is known");
-        for address in &attachment.addresses {
-            match runtime.block_on(nbd::connect(address, &attachment.export)) {
-                Ok(export) => return Ok(export),
-                Err(error @ ConnectError::Refused { for_good: true, .. }) => {
-                    return Err(NotOpen::LeaseOver(error));
-                }
-                Err(error) => last = failed(&error),
-            }
-        }
-        if start.elapsed() >= time {
-            return Err(NotOpen::Yet(last));
-        }
-        std::thread::sleep(Duration::from_millis(300));
     }
 }
 
@@ -188,13 +116,6 @@ fn disconnect(index: u32) -> Result<(), HostError> {
         Ok(_) | Err(Errno::EINVAL | Errno::ENODEV) => Ok(()),
         Err(error) => Err(refused("disconnect")(error)),
     }
-}
-
-/// The attributes that hand a socket over. The kernel takes a reference of its own.
-fn socket_attributes(export: &Export) -> Vec<u8> {
-    let descriptor = export.stream.as_raw_fd() as u32;
-    let item = attribute(SOCKET_FD, &descriptor.to_le_bytes());
-    nested(SOCKETS, &nested(SOCKET_ITEM, &item))
 }
 
 fn number(kind: u16, value: u64) -> Vec<u8> {
@@ -210,16 +131,17 @@ fn refused(what: &str) -> impl FnOnce(Errno) -> HostError {
 
 impl Shared {
     fn connect(&self, attachment: &Attachment) -> Result<u32, HostError> {
-        let export = open_anywhere(attachment, OPEN_TIME)?;
+        let connections = self.connections.min(sysfs::processors());
+        let opened = sockets::open(attachment, connections, OPEN_TIME)?;
         let backend = format!("{}\0", backend(attachment));
         let request = [
-            number(SIZE_BYTES, export.size),
+            number(SIZE_BYTES, opened.size()),
             number(BLOCK_SIZE_BYTES, BLOCK),
             number(TIMEOUT, REQUEST),
             number(DEAD_CONNECTION_TIMEOUT, DEAD_CONNECTION),
-            number(SERVER_FLAGS, u64::from(export.flags)),
+            number(SERVER_FLAGS, u64::from(opened.flags())),
             attribute(BACKEND, backend.as_bytes()),
-            socket_attributes(&export),
+            opened.attributes(),
         ]
         .concat();
         let mut family = Family::open(FAMILY).map_err(refused("be asked"))?;
@@ -227,52 +149,66 @@ impl Shared {
         let index = netlink::find(&answer, INDEX).and_then(|index| index.try_into().ok());
         let index = index.map(u32::from_le_bytes);
         let index = index.ok_or_else(|| refused("name its device")(Errno::EPROTO))?;
-        self.keep(&mut self.sockets(), index, attachment, export)?;
+        self.keep(&mut self.sockets(), index, attachment, opened)?;
         Ok(index)
     }
 
-    fn sockets(&self) -> MutexGuard<'_, BTreeMap<u32, TcpStream>> {
+    fn sockets(&self) -> MutexGuard<'_, BTreeMap<u32, Vec<TcpStream>>> {
         self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Keeps what a later change, in this life or the next, hangs up with.
     fn keep(
         &self,
-        sockets: &mut BTreeMap<u32, TcpStream>,
+        sockets: &mut BTreeMap<u32, Vec<TcpStream>>,
         index: u32,
         attachment: &Attachment,
-        export: Export,
+        opened: Opened,
     ) -> Result<(), HostError> {
         let unknown = |error: std::io::Error| HostError::Unexpected(error.to_string());
-        let stream = export.stream.into_std().map_err(unknown)?;
-        let local = stream.local_addr().map_err(unknown)?.to_string();
-        sockets.insert(index, stream);
-        self.keep_addresses(attachment, &local)
+        let streams = opened.into_streams().map_err(unknown)?;
+        let locals: Result<Vec<_>, _> = streams.iter().map(TcpStream::local_addr).collect();
+        let locals: Vec<String> =
+            locals.map_err(unknown)?.iter().map(ToString::to_string).collect();
+        sockets.insert(index, streams);
+        let addresses: Vec<&str> = attachment.addresses.iter().map(Address::as_str).collect();
+        let text = format!("{}\n{}\n", addresses.join(","), locals.join(","));
+        files::write_atomically(&self.folder.join(&attachment.volume_id), text.as_bytes())
     }
 
-    /// Ends a device's connection from this side: the kernel then asks on the next one what had no
+    /// Servers of a volume, and the near ends of its connections.
+    fn kept(&self, volume_id: &str) -> (Vec<Address>, Vec<String>) {
+        let text = std::fs::read_to_string(self.folder.join(volume_id)).unwrap_or_default();
+        let mut lines = text.lines();
+        let addresses = crate::context::parse_addresses(lines.next().unwrap_or_default());
+        let locals = lines.next().unwrap_or_default().split(',').filter(|local| !local.is_empty());
+        (addresses.unwrap_or_default(), locals.map(str::to_owned).collect())
+    }
+
+    /// Ends a device's connections from this side: the kernel then asks on the next ones what had no
     /// answer.
-    fn hang_up(&self, sockets: &mut BTreeMap<u32, TcpStream>, index: u32, volume_id: &str) {
-        if let Some(stream) = sockets.remove(&index) {
-            // It may be lost already.
-            let _ = stream.shutdown(Shutdown::Both);
+    fn hang_up(&self, sockets: &mut BTreeMap<u32, Vec<TcpStream>>, index: u32, volume_id: &str) {
+        if let Some(streams) = sockets.remove(&index) {
+            sockets::hang_up(&streams);
             return;
         }
-        let Some(local) = self.kept(volume_id).1 else { return };
-        let ended = tools::must("ss", &["--kill", "--tcp", "src", &local], DEVICE_TIME);
-        if let Err(error) = ended {
-            tracing::warn!(%error, index, "the connection of a former life can't be ended");
+        for local in self.kept(volume_id).1 {
+            let ended = tools::must("ss", &["--kill", "--tcp", "src", &local], DEVICE_TIME);
+            if let Err(error) = ended {
+                tracing::warn!(%error, index, "a connection of a former life can't be ended");
+            }
         }
     }
 
-    /// Gives the kernel a new connection in the place of the one that it had, and with it the size
+    /// Gives the kernel new connections in the place of those that it had, and with them the size
     /// that the volume has now. Where there will never be one, because the lease has ended, the
     /// device is given up: its users hear of it at once, and not when the kernel's patience ends.
     fn reconnect(
         &self,
-        sockets: &mut BTreeMap<u32, TcpStream>,
+        sockets: &mut BTreeMap<u32, Vec<TcpStream>>,
         index: u32,
         attachment: &Attachment,
+        connections: u16,
         time: Duration,
     ) -> Result<(), HostError> {
         self.hang_up(sockets, index, &attachment.volume_id);
@@ -280,23 +216,31 @@ impl Shared {
         let device =
             [attribute(INDEX, &index.to_le_bytes()), attribute(BACKEND, backend.as_bytes())]
                 .concat();
-        // First the socket: a new size waits for requests under way, and they for a connection. The
+        let reconfigure = |what: Vec<u8>| {
+            let request = [device.clone(), what].concat();
+            Family::open(FAMILY).and_then(|mut family| family.ask(RECONFIGURE, &request))
+        };
+        // First the sockets: a new size waits for requests under way, and they for a connection. The
         // kernel takes a socket only in the place of one that it knows to be lost, says yes either
         // way, and may end the new one when it notices the loss a second time: what counts is that
         // the device answers, and a socket that did not do is not offered again.
         let connected = poll(time, || {
             std::thread::sleep(NOTICE_TIME);
-            let export = match open_anywhere(attachment, Duration::ZERO) {
-                Ok(export) => export,
+            let opened = match sockets::open(attachment, connections, Duration::ZERO) {
+                Ok(opened) => opened,
                 Err(NotOpen::LeaseOver(error)) => return Some(Err(error)),
                 Err(NotOpen::Yet(_)) => return None,
             };
-            let socket = [device.clone(), socket_attributes(&export)].concat();
-            Family::open(FAMILY).and_then(|mut family| family.ask(RECONFIGURE, &socket)).ok()?;
-            can_be_read(&path_of(index), 0, ANSWER_TIME).then_some(Ok(export))
+            if reconfigure(opened.attributes()).is_ok()
+                && can_be_read(&path_of(index), 0, ANSWER_TIME)
+            {
+                return Some(Ok(opened));
+            }
+            opened.hang_up();
+            None
         });
-        let export = match connected {
-            Some(Ok(export)) => export,
+        let opened = match connected {
+            Some(Ok(opened)) => opened,
             Some(Err(error)) => {
                 tracing::error!(index, %error, "the lease is over: every request fails from now on");
                 disconnect(index)?;
@@ -307,81 +251,8 @@ impl Shared {
                 return Err(HostError::Slow { what, after: time });
             }
         };
-        let size = [device, number(SIZE_BYTES, export.size)].concat();
-        Family::open(FAMILY)
-            .and_then(|mut family| family.ask(RECONFIGURE, &size))
-            .map_err(refused("take a new size"))?;
-        self.keep(sockets, index, attachment, export)
-    }
-
-    /// Looks after devices for ever: those that the kernel tells of, and again those that have found
-    /// no server so far.
-    fn watch(&self, notices: &netlink::Notices) {
-        let all = || devices().into_iter().map(|(index, _)| index).collect::<BTreeSet<u32>>();
-        let (mut suspects, mut lost) = (all(), BTreeSet::new());
-        loop {
-            lost.append(&mut suspects.into_iter().filter(|index| self.is_lost(*index)).collect());
-            lost.retain(|index| !self.repair(*index));
-            let time = if lost.is_empty() { QUIET_TIME } else { RETRY_TIME };
-            suspects = match notices.next(time) {
-                Ok(notices) => {
-                    let dead = notices.iter().filter(|(command, _)| *command == LINK_DEAD);
-                    let index = |attributes| netlink::find(attributes, INDEX)?.try_into().ok();
-                    dead.filter_map(|(_, it)| index(it)).map(u32::from_le_bytes).collect()
-                }
-                // Some were lost: look at all.
-                Err(Errno::ENOBUFS) => all(),
-                Err(_) => BTreeSet::new(),
-            };
-        }
-    }
-
-    /// Whether a device has no connection that works.
-    fn is_lost(&self, index: u32) -> bool {
-        let hung_up = |stream: &TcpStream| {
-            let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-            match recv(stream.as_raw_fd(), &mut [0], flags) {
-                Ok(0) => true,
-                Ok(_) | Err(Errno::EAGAIN | Errno::EINTR) => false,
-                Err(_) => true,
-            }
-        };
-        let known = self.sockets().get(&index).is_some_and(hung_up);
-        ours(index).is_some() && (known || !can_be_read(&path_of(index), 0, ANSWER_TIME))
-    }
-
-    /// Finds a server for a device that has lost its own. Whether there is no more to do.
-    fn repair(&self, index: u32) -> bool {
-        let Some((volume_id, export)) = ours(index) else { return true };
-        tracing::warn!(index, export, "connection lost: looking for a server");
-        let attachment = Attachment {
-            read_only: export.contains("@ro"),
-            addresses: self.kept(&volume_id).0,
-            volume_id,
-            export,
-        };
-        let repaired = self.reconnect(&mut self.sockets(), index, &attachment, REPAIR_TIME);
-        let export = attachment.export;
-        match &repaired {
-            Ok(()) => tracing::info!(index, export, "connected again"),
-            Err(error) => tracing::error!(index, export, %error, "not connected"),
-        }
-        repaired.is_ok()
-    }
-
-    /// Servers of a volume, and the near end of its connection.
-    fn kept(&self, volume_id: &str) -> (Vec<Address>, Option<String>) {
-        let text = std::fs::read_to_string(self.folder.join(volume_id)).unwrap_or_default();
-        let mut lines = text.lines();
-        let addresses = crate::context::parse_addresses(lines.next().unwrap_or_default());
-        (addresses.unwrap_or_default(), lines.next().map(str::to_owned))
-    }
-
-    fn keep_addresses(&self, attachment: &Attachment, local: &str) -> Result<(), HostError> {
-        let addresses: Vec<&str> = attachment.addresses.iter().map(Address::as_str).collect();
-        let path = self.folder.join(&attachment.volume_id);
-        let text = format!("{}\n{local}\n", addresses.join(","));
-        files::write_atomically(&path, text.as_bytes())
+        reconfigure(number(SIZE_BYTES, opened.size())).map_err(refused("take a new size"))?;
+        self.keep(sockets, index, attachment, opened)
     }
 }
 
@@ -427,7 +298,9 @@ impl Attacher for KernelAttacher {
         let missing = || HostError::Unexpected(format!("{} is not attached", attachment.export));
         let (index, _) = device.ok_or_else(missing)?;
         if disks::size(&path_of(index))? < at_least {
-            self.shared.reconnect(&mut self.shared.sockets(), index, attachment, DEVICE_TIME)?;
+            let connections = if attachment.read_only { sysfs::queues(index) } else { 1 };
+            let mut sockets = self.shared.sockets();
+            self.shared.reconnect(&mut sockets, index, attachment, connections, DEVICE_TIME)?;
         }
         let grown = || disks::size(&path_of(index)).ok().filter(|size| *size >= at_least);
         poll(DEVICE_TIME, grown).ok_or_else(|| HostError::Slow {

@@ -76,14 +76,20 @@ pub trait Attacher: Send + Sync {
     fn detach(&self, attachment: &Attachment) -> Result<(), HostError>;
 }
 
-/// The attacher that the command line asks for.
+/// The attacher that the command line asks for; how many connections the kernel has per device.
 ///
 /// # Errors
 /// When the host does not have it.
-pub fn choose(nbd: Nbd, folder: &Path, program: &Path) -> Result<Box<dyn Attacher>, HostError> {
+pub fn choose(
+    nbd: Nbd,
+    connections: u16,
+    folder: &Path,
+    program: &Path,
+) -> Result<Box<dyn Attacher>, HostError> {
+    let kernel = || kernel::KernelAttacher::new(folder, connections);
     match nbd {
-        Nbd::Kernel => Ok(Box::new(kernel::KernelAttacher::new(folder)?)),
-        Nbd::Auto if kernel::is_there() => Ok(Box::new(kernel::KernelAttacher::new(folder)?)),
+        Nbd::Kernel => Ok(Box::new(kernel()?)),
+        Nbd::Auto if kernel::is_there() => Ok(Box::new(kernel()?)),
         Nbd::Auto | Nbd::Fuse => {
             tracing::warn!(
                 "volumes are attached by processes of this host (fuse): for development only"

@@ -1,4 +1,5 @@
-//! Sessions that end from the server's side: nothing more is run or answered, and all is closed.
+//! Sessions that end from the server's side: nothing more is run or answered, and all is closed. And
+//! what a caller needs to know for that: how the client calls its requests.
 
 use ballast_block::{AlignedBuf, IoError, IoReply};
 use ballast_nbd::{CommandId, Event, Session, Want};
@@ -84,5 +85,16 @@ fn what_arrives_when_the_session_has_ended_is_not_run() {
         }
         assert!(matches!(session.next_event(), Ok(None)), "{cut}");
         assert!(matches!(session.want(), Want::Close), "{cut}");
+    }
+}
+
+#[test]
+fn a_command_in_flight_is_known_by_what_its_client_calls_it() {
+    let mut session = attached();
+    let handle = 0x0000_0007_0003_0009;
+    feed(&mut session, &[request(0, 3, handle, 0, 0), request(0, 0, 5, 0, 512)].concat());
+    for expected in [handle, 5] {
+        let Ok(Some(Event::Command { id, .. })) = session.next_event() else { panic!("a command") };
+        assert_eq!(session.handle_of(id), expected);
     }
 }

@@ -79,6 +79,8 @@ enum PlantedBug {
     SkippedReadGate,
     LiveBlockFreed,
     EarlyCheckpoint,
+    /// Of hosts: servers can't see that a request was asked again on another connection.
+    HiddenMoves,
     /// Of the toy only.
     ForgetsVotes,
 }
@@ -86,6 +88,7 @@ enum PlantedBug {
 impl RunOptions {
     fn adjust(&self, plan: &mut Plan) {
         plan.planted = self.planted();
+        plan.mix.moves_hidden = matches!(self.plant, Some(PlantedBug::HiddenMoves));
         if !self.faults.is_empty() {
             plan.faults = Faults::only(&self.faults, self.every);
             plan.fault_count = 20;
@@ -113,7 +116,7 @@ impl RunOptions {
             PlantedBug::SkippedReadGate => Some(planted::PlantedBug::SkippedReadGate),
             PlantedBug::LiveBlockFreed => Some(planted::PlantedBug::LiveBlockFreed),
             PlantedBug::EarlyCheckpoint => Some(planted::PlantedBug::EarlyCheckpoint),
-            PlantedBug::ForgetsVotes => None,
+            PlantedBug::HiddenMoves | PlantedBug::ForgetsVotes => None,
         }
     }
 
@@ -124,7 +127,9 @@ impl RunOptions {
             Some(PlantedBug::EarlyAck) => planted.early_ack = true,
             Some(PlantedBug::SkippedReadGate) => planted.unchecked_reads = true,
             Some(PlantedBug::ForgetsVotes) => planted.forgets_votes = true,
-            Some(PlantedBug::LiveBlockFreed | PlantedBug::EarlyCheckpoint) | None => {}
+            Some(PlantedBug::LiveBlockFreed | PlantedBug::EarlyCheckpoint)
+            | Some(PlantedBug::HiddenMoves)
+            | None => {}
         }
         planted
     }

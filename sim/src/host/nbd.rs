@@ -153,6 +153,15 @@ impl NbdClient {
     /// # Errors
     /// [`NbdError`].
     pub async fn run(&self, command: Command) -> Result<Vec<u8>, NbdError> {
+        let handle = self.shared.next.replace(self.shared.next.get() + 1);
+        self.run_as(handle, command).await
+    }
+
+    /// The same, under a handle that no other command in flight has.
+    ///
+    /// # Errors
+    /// [`NbdError`].
+    pub async fn run_as(&self, cookie: u64, command: Command) -> Result<Vec<u8>, NbdError> {
         let (code, offset, length, payload) = match command {
             Command::Read { offset, length } => (0, offset, length, Vec::new()),
             Command::Write { offset, data } => (1, offset, data.len() as u32, data),
@@ -163,7 +172,6 @@ impl NbdClient {
         if self.shared.lost.get() {
             return Err(NbdError::Lost);
         }
-        let cookie = self.shared.next.replace(self.shared.next.get() + 1);
         let (answer, answered) = oneshot::channel();
         let data = if code == 0 { vec![0; length as usize] } else { Vec::new() };
         let waiting = Waiting { data, offset, error: None, answer };

@@ -3,7 +3,7 @@
 //!
 //! A host tries its targets in turn until one takes it, keeps several requests in flight, gives up
 //! on a request after a while, and goes on elsewhere when its connection breaks. It never repeats a
-//! request: the next one is a new operation.
+//! request, the next one is a new operation; but one with several connections does as Linux does.
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -17,6 +17,7 @@ use ballast_env::network::Address;
 use futures_util::future::LocalBoxFuture;
 
 use crate::env::SimEnv;
+use crate::host::lanes::{Lanes, Numbering, Tag};
 use crate::host::nbd::{Command, NbdClient, NbdError};
 use crate::oracle::{Oracle, Outcome, Violation, WriteId, stamp};
 use crate::rng::Rng;
@@ -47,6 +48,11 @@ pub struct Mix {
     pub reader: bool,
     /// Answers after which it leaves the volume to another host for a while; 0: never.
     pub leave_after: u64,
+    /// Connections that a writer has at a time, used as Linux uses them; 0: one, and no request is
+    /// ever repeated.
+    pub lanes: u64,
+    /// Whether such a writer hides from servers that a request has moved to another connection.
+    pub moves_hidden: bool,
     /// Whether writers take the volume's lease by force before they connect, from whoever has it.
     pub leased: bool,
 }
@@ -54,6 +60,31 @@ pub struct Mix {
 /// Takes the lease of a volume for the host of that name, by force, and answers its epoch once the
 /// earlier one is fenced; none when that did not work out. Stands for an administrator.
 pub type Lessor = Rc<dyn Fn(&str) -> LocalBoxFuture<'static, Option<Epoch>>>;
+
+/// How a host reaches its volume.
+#[derive(Clone)]
+enum Path {
+    /// One connection.
+    Plain(Rc<NbdClient>),
+    /// Several, in one session.
+    Lanes(Rc<Lanes>),
+}
+
+impl Path {
+    fn is_lost(&self, env: &SimEnv) -> bool {
+        match self {
+            Path::Plain(client) => client.is_lost(),
+            Path::Lanes(lanes) => lanes.are_over(env),
+        }
+    }
+
+    fn size(&self) -> u64 {
+        match self {
+            Path::Plain(client) => client.size(),
+            Path::Lanes(lanes) => lanes.size(),
+        }
+    }
+}
 
 /// A host's view of one volume, shared with the scenario that watches it.
 pub struct Host {
@@ -66,7 +97,11 @@ pub struct Host {
     lessor: Option<Lessor>,
     /// The lease that it believes to hold.
     epoch: Cell<Option<Epoch>>,
-    client: RefCell<Option<(Rc<NbdClient>, u64)>>,
+    path: RefCell<Option<(Path, u64)>>,
+    /// Requests of the device that are not in use.
+    tags: RefCell<Vec<Tag>>,
+    /// What is being written: hosts that repeat requests keep overlapping ones apart.
+    writing: RefCell<Vec<BlockRange>>,
     connecting: tokio::sync::Mutex<u64>,
     /// Requests that were answered with success.
     answered: Cell<u64>,
@@ -99,7 +134,9 @@ impl Host {
             lessor: lessor.filter(|_| mix.leased && !mix.reader),
             mix,
             epoch: Cell::new(None),
-            client: RefCell::new(None),
+            path: RefCell::new(None),
+            tags: RefCell::default(),
+            writing: RefCell::default(),
             connecting: tokio::sync::Mutex::new(first),
             answered: Cell::new(0),
             written: Cell::new(0),
@@ -187,11 +224,11 @@ impl Host {
     }
 
     async fn read(&self, env: &SimEnv, range: BlockRange) -> bool {
-        let Some((client, _)) = self.connected(env).await else { return false };
+        let Some((path, _)) = self.connected(env).await else { return false };
         let token = self.oracle.read_begins(self.volume, range);
         let offset = range.start * BLOCK_SIZE_U64;
         let command = Command::Read { offset, length: range.bytes() as u32 };
-        let Ok(bytes) = self.ask(env, &client, command).await else { return false };
+        let Ok(bytes) = self.ask(env, path, command).await else { return false };
         let ended = self.oracle.read_ends(token, &bytes);
         self.judge(env, ended);
         true
@@ -205,11 +242,18 @@ impl Host {
     }
 
     async fn write(&self, env: &SimEnv, range: BlockRange, zeroes: bool) {
-        let Some((client, attachment)) = self.connected(env).await else { return };
+        let Some((path, attachment)) = self.connected(env).await else { return };
+        if self.mix.lanes > 0 && self.writing.borrow().iter().any(|busy| busy.overlaps(&range)) {
+            return env.sleep(Duration::from_millis(1)).await;
+        }
+        self.writing.borrow_mut().push(range);
         let id = self.oracle.write_begins_under(attachment, self.volume, range, zeroes);
         env.world().note(format!("{} {id:?} begins {range}", self.export));
         let command = self.write_command(id, range, zeroes);
-        let outcome = match self.ask(env, &client, command).await {
+        let answer = self.ask(env, path, command).await;
+        let at = self.writing.borrow().iter().position(|busy| *busy == range);
+        self.writing.borrow_mut().swap_remove(at.expect("it is being written"));
+        let outcome = match answer {
             Ok(_) => {
                 self.written.set(self.written.get() + 1);
                 Outcome::Done
@@ -236,75 +280,137 @@ impl Host {
     }
 
     /// Runs one command; a host out of patience drops the connection and every answer on it.
-    async fn ask(
-        &self,
-        env: &SimEnv,
-        client: &Rc<NbdClient>,
-        command: Command,
-    ) -> Result<Vec<u8>, NbdError> {
+    async fn ask(&self, env: &SimEnv, path: Path, command: Command) -> Result<Vec<u8>, NbdError> {
         self.in_flight.set(self.in_flight.get() + 1);
-        let outcome = tokio::select! {
-            biased;
-            outcome = client.run(command) => outcome,
-            () = env.sleep(Duration::from_millis(self.mix.patience_ms)) => Err(NbdError::Lost),
+        let outcome = match &path {
+            Path::Plain(client) => tokio::select! {
+                biased;
+                outcome = client.run(command) => outcome,
+                () = env.sleep(self.patience()) => Err(NbdError::Lost),
+            },
+            Path::Lanes(_) => self.ask_again_and_again(env, command).await,
         };
         self.in_flight.set(self.in_flight.get() - 1);
-        match &outcome {
-            Ok(_) => self.answered.set(self.answered.get() + 1),
-            Err(NbdError::Errno(_)) if outcome.as_ref().is_err_and(NbdError::is_refusal) => {}
+        match (&outcome, path) {
+            (Ok(_), _) => self.answered.set(self.answered.get() + 1),
+            (Err(error), _) if error.is_refusal() => {}
             // An I/O error makes a host look for another path.
-            Err(_) => self.disconnect(client),
+            (Err(_), Path::Plain(client)) => self.disconnect(&client),
+            (Err(_), Path::Lanes(_)) => {}
         }
         outcome
     }
 
+    /// What has no answer is sent again, on another connection of the device and on those of its next
+    /// session, as long as the host has the lease under which it was asked first.
+    async fn ask_again_and_again(
+        &self,
+        env: &SimEnv,
+        command: Command,
+    ) -> Result<Vec<u8>, NbdError> {
+        let epoch = self.epoch.get();
+        let known = self.tags.borrow_mut().pop();
+        let mut tag = known.unwrap_or_else(|| self.new_tag());
+        let outcome = loop {
+            let path = self.connected(env).await;
+            if self.epoch.get() != epoch {
+                break Err(NbdError::Lost);
+            }
+            let Some((Path::Lanes(lanes), _)) = path else { continue };
+            lanes.lose_some(env);
+            match lanes.run(env, &mut tag, command.clone(), self.patience()).await {
+                Err(NbdError::Lost) => {}
+                outcome => break outcome,
+            }
+        };
+        self.tags.borrow_mut().push(tag);
+        outcome
+    }
+
+    fn new_tag(&self) -> Tag {
+        let number = self.in_flight.get();
+        let (queue, tag) = ((number % self.mix.lanes) as u16, number as u16);
+        Tag { queue, tag, count: self.rng.draw() as u32 }
+    }
+
+    fn patience(&self) -> Duration {
+        Duration::from_millis(self.mix.patience_ms)
+    }
+
     fn disconnect(&self, client: &Rc<NbdClient>) {
-        let mut current = self.client.borrow_mut();
-        if current.as_ref().is_some_and(|(current, _)| Rc::ptr_eq(current, client)) {
+        let mut current = self.path.borrow_mut();
+        if let Some((Path::Plain(used), _)) = current.as_ref()
+            && Rc::ptr_eq(used, client)
+        {
             *current = None;
         }
     }
 
     /// The connection, made anew when there is none. `None` when no target took it this time.
-    async fn connected(&self, env: &SimEnv) -> Option<(Rc<NbdClient>, u64)> {
+    async fn connected(&self, env: &SimEnv) -> Option<(Path, u64)> {
         let mut next = self.connecting.lock().await;
         if self.answered.get() >= self.leave_at.get() && !self.stopping.get() {
             self.leave_at.set(u64::MAX);
-            self.client.replace(None);
+            self.path.replace(None);
             env.sleep(Duration::from_millis(self.rng.between(50, 1_000))).await;
         }
-        let current = self.client.borrow().clone();
-        if let Some(current) = current.filter(|(client, _)| !client.is_lost()) {
-            return Some(current);
+        let current = self.path.borrow().clone();
+        match current {
+            Some(current) if !current.0.is_lost(env) => return Some(current),
+            Some((Path::Lanes(lanes), _)) => lanes.give_up(env),
+            _ => {}
         }
+        self.path.replace(None);
         let export = self.export_name(env).await?;
         let target = self.targets[*next as usize % self.targets.len()].clone();
         *next += 1;
-        let structured = self.rng.chance(500_000);
         let began = self.oracle.attach_begins();
         let made = tokio::select! {
             biased;
-            made = NbdClient::connect(env, &target, &export, structured) => {
+            made = self.open(env, &target, &export) => {
                 self.note_refusal(&made);
                 made.ok()
             }
-            () = env.sleep(Duration::from_millis(self.mix.patience_ms)) => None,
+            () = env.sleep(self.patience()) => None,
         };
-        let Some(client) = made else {
+        let Some(path) = made else {
             env.sleep(Duration::from_millis(self.rng.between(1, 200))).await;
             return None;
         };
-        assert!(client.size() >= self.mix.blocks * BLOCK_SIZE_U64, "the export is smaller");
+        assert!(path.size() >= self.mix.blocks * BLOCK_SIZE_U64, "the export is smaller");
         env.world().note(format!("{} connected to {target}", self.export));
-        let fences = self.mix.fenced && !self.mix.reader;
+        // What is asked again is not of one attachment only: each fences copies of it, not the request.
+        let fences = self.mix.fenced && !self.mix.reader && self.mix.lanes == 0;
         let attached = || self.oracle.attached(self.volume, began);
         let attachment = if fences { attached() } else { u64::MAX };
-        if self.mix.leave_after > 0 {
+        if self.mix.leave_after > 0 && self.mix.lanes == 0 {
             self.leave_at.set(self.answered.get() + self.mix.leave_after);
         }
-        let made = (Rc::new(client), attachment);
-        self.client.replace(Some(made.clone()));
+        let made = (path, attachment);
+        self.path.replace(Some(made.clone()));
         Some(made)
+    }
+
+    async fn open(&self, env: &SimEnv, target: &Address, export: &str) -> io::Result<Path> {
+        let structured = self.rng.chance(500_000);
+        if self.mix.lanes == 0 || self.mix.reader {
+            let client = NbdClient::connect(env, target, export, structured).await?;
+            return Ok(Path::Plain(Rc::new(client)));
+        }
+        let session = self.rng.draw();
+        let joint = if export.contains('@') { ',' } else { '@' };
+        let mut clients = Vec::new();
+        for lane in 0..self.mix.lanes {
+            let export = format!("{export}{joint}session={session:016x},lane={lane}");
+            clients.push(NbdClient::connect(env, target, &export, false).await?);
+        }
+        let rng = Rng::new(self.rng.draw());
+        let numbering = match self.rng.chance(250_000) {
+            _ if self.mix.moves_hidden => Numbering::Hidden,
+            true => Numbering::Little,
+            false => Numbering::Big,
+        };
+        Ok(Path::Lanes(Rc::new(Lanes::new(rng, clients, numbering))))
     }
 
     /// The name to connect to; takes the lease first, where the host needs one and has none.
@@ -330,7 +436,7 @@ impl Host {
     }
 
     /// A server that refuses the export may do so because another host has the lease now.
-    fn note_refusal(&self, made: &io::Result<NbdClient>) {
+    fn note_refusal(&self, made: &io::Result<Path>) {
         if made.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
             self.epoch.set(None);
         }
