@@ -174,7 +174,7 @@ fn command(folder: &Path, initrd: &str, console: &Path, relay: u16, shell: u16) 
     // Always emulated, so that it is the same machine everywhere; with one thread for all of it,
     // since QEMU 7.2 loses track of code that patches itself with more.
     let words = "qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none \
-                 -machine q35 -accel tcg,thread=single -cpu max -smp 1 -m 1024 \
+                 -machine q35 -accel tcg,thread=single -cpu max -smp 4 -m 1024 \
                  -device virtio-net-pci,netdev=net,romfile= -serial chardev:console";
     let more = [
         ("-kernel", kernel.as_str()),

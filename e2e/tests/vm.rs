@@ -72,6 +72,9 @@ fn a_raw_device_is_written_and_grown() {
     host.end();
 }
 
+/// As many as the guest has processors, or fewer if that is more than `--nbd-connections`.
+const CONNECTIONS: usize = 4;
+
 /// A mounted file system with a writer in it.
 #[track_caller]
 fn mounted_in_guest(host: &InGuest) -> Used {
@@ -111,6 +114,27 @@ fn loses_its_node(host: &mut InGuest, signal: Signal) {
     writer.stop(&format!("{signal} of the serving node"));
     host.cluster.restart(lost);
     host.cluster.wait_in_sync("data");
+}
+
+#[test]
+fn the_loss_of_one_connection_of_several_is_a_stall_and_no_error() {
+    let host = InGuest::start("vm-lanes");
+    let used = mounted_in_guest(&host);
+    assert_eq!(host.connections().len(), CONNECTIONS, "{:?}", host.connections());
+    let writer = Writer::start(&host, &host.file("pod"));
+    for _ in 0..2 {
+        let before = host.connections();
+        let (lost, _) = &before[before.len() / 2];
+        host.run(&format!("ss --kill --tcp src {lost}"));
+        // A request of one that is lost must not be asked again on another of the same session.
+        until_true("a new connection in the place of all", 60, || {
+            let now = host.connections();
+            !now.is_empty() && !now.iter().any(|connection| before.contains(connection))
+        });
+        writer.goes_on();
+    }
+    writer.stop("loss of one connection of several");
+    take_down(host, &used);
 }
 
 #[test]

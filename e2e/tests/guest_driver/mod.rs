@@ -97,14 +97,19 @@ impl InGuest {
     /// The storage nodes that the guest's kernel, or driver, has NBD connections to.
     #[track_caller]
     pub fn served_by(&self) -> Vec<u32> {
-        let connections = self.run("ss -tnH state established | awk '{ print $4 }'");
-        let peers: Vec<&str> = connections.lines().collect();
-        let address = |node: &Node| {
-            let port = node.nbd.trim_end_matches('/').rsplit(':').next().map(str::to_owned);
-            format!("{}:{}", vm::HOST, port.expect("an address has a port"))
-        };
+        let peers: Vec<String> = self.connections().into_iter().map(|(_, peer)| peer).collect();
         let nodes = self.cluster.nodes().into_iter();
-        nodes.filter(|node| peers.contains(&address(node).as_str())).map(|node| node.id).collect()
+        nodes.filter(|node| peers.contains(&nbd_address(node))).map(|node| node.id).collect()
+    }
+
+    /// The NBD connections of the guest's kernel, or driver: near ends and far ends.
+    #[track_caller]
+    pub fn connections(&self) -> Vec<(String, String)> {
+        let all = self.run("ss -tnH state established | awk '{ print $3, $4 }'");
+        let ours: Vec<String> = self.cluster.nodes().iter().map(nbd_address).collect();
+        let ends = all.lines().filter_map(|line| line.split_once(' '));
+        let ends = ends.map(|(near, far)| (near.to_owned(), far.to_owned()));
+        ends.filter(|(_, far)| ours.contains(far)).collect()
     }
 
     /// Nothing of any volume is left, in the guest or the cluster: no mount, device, record, lease. Then the
@@ -123,6 +128,12 @@ impl InGuest {
         assert!(!leases.contains("\"host\""), "{leases}");
         self.kill_node();
     }
+}
+
+/// Where a node serves NBD, as the guest has it.
+fn nbd_address(node: &Node) -> String {
+    let port = node.nbd.trim_end_matches('/').rsplit(':').next();
+    format!("{}:{}", vm::HOST, port.expect("an address has a port"))
 }
 
 /// Numbered blocks of 4 KiB, each on the disk before the next is written.
