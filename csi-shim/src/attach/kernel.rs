@@ -2,7 +2,7 @@
 //!
 //! The handshake is ours, the socket then the kernel's: it needs this process no more until the
 //! connection is lost. Then requests wait (`DEAD_CONNECTION`), and the watcher here gives the kernel a
-//! connection to another server ([`watch`]). What is attached is told by each device's `backend` in /sys.
+//! connection to another server (`watch`). What is attached is told by each device's `backend` in /sys.
 
 mod sockets;
 mod sysfs;

@@ -109,7 +109,7 @@ pub fn within<T: Send + 'static>(
 }
 
 /// Looks until there is an answer, or time is over. Most answers take some milliseconds, so looks are
-/// that frequent at first; what takes long is looked at [fifty times a second](LONGEST_PAUSE).
+/// that frequent at first; what takes long is looked at fifty times a second (`LONGEST_PAUSE`).
 pub fn poll<T>(time: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
     let start = std::time::Instant::now();
     let mut pause = Duration::from_millis(1);
