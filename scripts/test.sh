@@ -104,22 +104,36 @@ build_all() {
 export -f build_all
 export logs
 
-# Runs the tests whose folder/target fits the pattern, as cargo would: each in its package's folder.
+# One test program, as cargo would run it: in its package's folder. Says all that it printed at once.
+run_test() {
+    local name=$1 executable=$2 said rc=0
+    shift 2
+    said=$(mktemp "$logs/said.XXXXXX")
+    (cd "${name%/*}" && CARGO_MANIFEST_DIR=$PWD CARGO=$(command -v cargo) "$executable" "$@" </dev/null) \
+        >"$said" 2>&1 || rc=1
+    echo "     Running ${name%/*}: $(basename "$executable")"
+    cat "$said"
+    rm -f "$said"
+    return "$rc"
+}
+
+# Runs the tests whose folder/target fits the pattern, so many programs at a time.
 run_tests() {
-    local wanted=$1 name executable rc=0
-    shift
+    local at_once=$1 wanted=$2 name executable pid rc=0 pids=()
+    shift 2
     while IFS=$'\t' read -r name executable; do
         # shellcheck disable=SC2053
         [[ $name == $wanted ]] || continue
-        echo "     Running ${name%/*}: $(basename "$executable")"
-        (cd "${name%/*}" && CARGO_MANIFEST_DIR=$PWD CARGO=$(command -v cargo) "$executable" "$@" </dev/null) ||
-            rc=1
+        while (($(jobs -rp | wc -l) >= at_once)); do wait -n || true; done
+        run_test "$name" "$executable" "$@" &
+        pids+=("$!")
     done <"$logs/executables"
+    for pid in "${pids[@]}"; do wait "$pid" || rc=1; done
     return "$rc"
 }
-export -f run_tests
+export -f run_test run_tests
 
-# run_stage NAME PATTERN [ARGUMENTS OF THE TESTS...]
+# run_stage NAME AT-ONCE PATTERN [ARGUMENTS OF THE TESTS...]
 run_stage() {
     local name=$1
     shift
@@ -140,9 +154,9 @@ stage clippy cargo clippy --workspace --all-targets --locked -- -D warnings
 stage docs env RUSTDOCFLAGS='-D warnings' \
     cargo doc --workspace --no-deps --document-private-items --locked
 stage built bash -c build_all
-run_stage unit '@(block|env|raft-store|volume|cluster|nbd|nvme-tcp|node|api|daemon|tools|csi-shim|benches)/*'
+run_stage unit 1 '@(block|env|raft-store|volume|cluster|nbd|nvme-tcp|node|api|daemon|tools|csi-shim|benches)/*'
 echo "simulator seed of this commit: BALLAST_SIM_SEED=$BALLAST_SIM_SEED"
-run_stage simulator 'sim/*'
+run_stage simulator 1 'sim/*'
 seeds_stage fixed-seeds --seeds "0..$fixed_seeds" --jobs 2
 # Seeds that once failed; the commit that fixed each names it.
 for seed in 50 77 238 450; do
@@ -150,8 +164,11 @@ for seed in 50 77 238 450; do
 done
 seeds_stage rot-seed --seed 5 --faults rot,kill-soon,cut-one-way,power-loss-of-all --every 300
 seeds_stage commit-seed --seed "$BALLAST_SIM_SEED"
-# One at a time: each wants the machine's two cores, and some measure stalls.
-run_stage processes 'e2e/!(vm)' --test-threads=1
+# These measure: each alone.
+measuring='failover|memory|network|pause|postgres|csi_life'
+run_stage measured 1 "e2e/@($measuring)" --test-threads=1
+# Much of their time these wait: two at a time.
+run_stage processes 2 "e2e/!(vm|$measuring)" --test-threads=1
 # With what it prints: the stalls that it measured.
-run_stage kernel e2e/vm --test-threads=1 --show-output
+run_stage kernel 1 e2e/vm --test-threads=1 --show-output
 current=

@@ -121,7 +121,10 @@ impl ClusterState {
         let marked = self.pools.values().any(|pool| pool.mark != 0);
         let replaced = self.nodes.values().any(|node| node.member.is_some());
         // A volume's pools have its shard: looking at the pools is enough.
-        if self.volumes.values().any(|volume| volume.lease_revision != 0) {
+        // An older program takes an epoch for one that counts the leases of its volume.
+        if self.volumes.values().any(|volume| volume.last_epoch.0 > volume.lease_revision) {
+            6
+        } else if self.volumes.values().any(|volume| volume.lease_revision != 0) {
             4
         } else if self.pools.values().any(|pool| pool.shard != ShardId(0)) {
             3
@@ -212,7 +215,7 @@ impl ClusterState {
 
     fn check_volume(&self, volume: &Volume) -> Result<(), StateProblem> {
         let mut nodes = Vec::with_capacity(volume.replicas.len());
-        if !are_sound(volume) {
+        if !are_sound(volume) || volume.last_epoch.0 > self.revision {
             return Err(StateProblem::LeaseMismatch);
         }
         if !volume.replicas.is_sorted_by(|a, b| a < b) {

@@ -10,7 +10,7 @@ use crate::view::{LeaseMode, PoolSpace, PoolState};
 use crate::wire::{CommandKind, CommandRecord};
 
 /// The newest commands and states that this build understands.
-pub const READER_VERSION: u32 = 4;
+pub const READER_VERSION: u32 = 6;
 
 /// One entry of the cluster group's log. Each may be applied twice: the second time changes nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +27,9 @@ pub enum Command {
         node: NodeId,
         /// The pool that is given up.
         pool: PoolId,
+        /// Refused if a volume, or the cluster group, has no majority without it. Not set: somebody
+        /// takes that loss on purpose; and so did every build before reader version 5.
+        guarded: bool,
     },
     /// A replica can't be mended: its vote or its extent map is lost. One with a new id takes its
     /// place in the same pool. One that was replaced is no change.
@@ -83,6 +86,10 @@ pub enum Command {
         host: String,
         /// Which one; 0 = whichever the host has.
         epoch: Epoch,
+        /// The [`crate::Volume::lease_revision`] that the asker goes by: where it has moved on, nothing
+        /// is done, else it moves on, also when there is nothing to end. So of what was asked before,
+        /// nothing is granted after. None = end it whatever happened meanwhile.
+        seen_revision: Option<u64>,
     },
 }
 
@@ -160,6 +167,9 @@ pub struct CreateVolume {
     /// Nodes where replicas are to lie if a pool there has room, the most wanted first. A wish: never
     /// a reason to refuse, and no part of what makes a volume the same.
     pub preferred: Vec<NodeId>,
+    /// Nodes that did not answer when the volume was asked for: they get a replica only where there
+    /// are not enough others.
+    pub absent: Vec<NodeId>,
 }
 
 /// See [`Command::AcquireLease`].
@@ -179,6 +189,13 @@ pub struct AcquireLease {
     pub reason: String,
     /// The proposer's wall clock, milliseconds since 1970. For people only.
     pub at_ms: u64,
+    /// Whether its epoch is unique in the whole cluster, as every program since reader version 6 asks.
+    /// An entry of an earlier one is applied as that would: with the next epoch of its volume.
+    pub unique_epoch: bool,
+    /// The [`crate::Volume::lease_revision`] that the asker goes by: where it has moved on, nothing is
+    /// granted. So what comes late, when its asker has gone and others came, does nothing. None = grant
+    /// it whatever happened meanwhile.
+    pub seen_revision: Option<u64>,
 }
 
 /// Bytes of the log that are not a command this build can apply.
@@ -225,10 +242,14 @@ impl Command {
     /// higher one, and may be proposed only when all registered nodes have it.
     pub fn min_reader(&self) -> u32 {
         match self {
+            Command::AcquireLease(it) if it.unique_epoch || it.seen_revision.is_some() => 6,
+            Command::ReleaseLease { seen_revision: Some(_), .. } => 6,
             Command::AcquireLease(_) | Command::ReleaseLease { .. } => 4,
+            Command::CreateVolume(it) if !it.absent.is_empty() => 5,
             Command::CreateVolume(it) if !it.preferred.is_empty() => 4,
             Command::NodeBooted(it) if it.shard != ShardId(0) || it.told.is_some() => 3,
             Command::NodeBooted(it) if it.offered != 0 || it.member.is_some() => 2,
+            Command::ReplacePool { guarded: true, .. } => 5,
             Command::ReplacePool { .. } | Command::ReplaceReplica { .. } => 2,
             _ => 1,
         }

@@ -13,10 +13,10 @@ impl From<&Command> for CommandKind {
         match command.clone() {
             Command::RegisterNode(it) => CommandKind::RegisterNode(it.into()),
             Command::NodeBooted(it) => CommandKind::NodeBooted(it.into()),
-            Command::ReplacePool { node, pool } => CommandKind::ReplacePool(wire::ReplacePool {
-                node: node.0,
-                pool: pool.as_bytes().to_vec(),
-            }),
+            Command::ReplacePool { node, pool, guarded } => {
+                let (node, pool) = (node.0, pool.as_bytes().to_vec());
+                CommandKind::ReplacePool(wire::ReplacePool { node, pool, guarded })
+            }
             Command::ReplaceReplica { replica } => {
                 CommandKind::ReplaceReplica(wire::ReplaceReplica { replica: replica.0 })
             }
@@ -45,9 +45,10 @@ impl From<&Command> for CommandKind {
                 CommandKind::ReplicaRemoved(wire::ReplicaRemoved { replica: replica.0 })
             }
             Command::AcquireLease(it) => CommandKind::AcquireLease(it.into()),
-            Command::ReleaseLease { volume, host, epoch } => {
-                let volume = volume.as_bytes().to_vec();
-                CommandKind::ReleaseLease(wire::ReleaseLease { volume, host, epoch: epoch.0 })
+            Command::ReleaseLease { volume, host, epoch, seen_revision } => {
+                let (volume, epoch) = (volume.as_bytes().to_vec(), epoch.0);
+                let released = wire::ReleaseLease { volume, host, epoch, seen_revision };
+                CommandKind::ReleaseLease(released)
             }
         }
     }
@@ -63,6 +64,7 @@ impl TryFrom<CommandKind> for Command {
             CommandKind::ReplacePool(it) => Command::ReplacePool {
                 node: NodeId(it.node),
                 pool: PoolId::from_bytes(id_bytes(&it.pool)?),
+                guarded: it.guarded,
             },
             CommandKind::ReplaceReplica(it) => {
                 Command::ReplaceReplica { replica: ReplicaId(it.replica) }
@@ -93,6 +95,7 @@ impl TryFrom<CommandKind> for Command {
                 volume: VolumeId::from_bytes(id_bytes(&it.volume)?),
                 host: it.host,
                 epoch: Epoch(it.epoch),
+                seen_revision: it.seen_revision,
             },
         })
     }
@@ -163,6 +166,7 @@ impl From<CreateVolume> for wire::CreateVolume {
             replicas: it.replicas,
             created_at_ms: it.created_at_ms,
             preferred: it.preferred.into_iter().map(|node| node.0).collect(),
+            absent: it.absent.into_iter().map(|node| node.0).collect(),
         }
     }
 }
@@ -178,6 +182,7 @@ impl TryFrom<wire::CreateVolume> for CreateVolume {
             replicas: it.replicas,
             created_at_ms: it.created_at_ms,
             preferred: it.preferred.into_iter().map(NodeId).collect(),
+            absent: it.absent.into_iter().map(NodeId).collect(),
         })
     }
 }
@@ -192,6 +197,8 @@ impl From<AcquireLease> for wire::AcquireLease {
             force: it.force,
             reason: it.reason,
             at_ms: it.at_ms,
+            unique_epoch: it.unique_epoch,
+            seen_revision: it.seen_revision,
         }
     }
 }
@@ -209,6 +216,8 @@ impl TryFrom<wire::AcquireLease> for AcquireLease {
             force: it.force,
             reason: it.reason,
             at_ms: it.at_ms,
+            unique_epoch: it.unique_epoch,
+            seen_revision: it.seen_revision,
         })
     }
 }

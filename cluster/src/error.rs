@@ -26,6 +26,8 @@ pub enum RefusalCode {
     FailedPrecondition,
     /// A limit or the space is used up.
     ResourceExhausted,
+    /// What it goes by is not so any more: look again.
+    Aborted,
 }
 
 /// Why a command was refused: the thing, the problem, the remedy.
@@ -192,6 +194,20 @@ pub enum Refusal {
     )]
     NotReplaceable { pool: PoolId, nodes: usize },
     /// See the message.
+    #[error(
+        "pool {pool} can't be given up: {left} of the {replicas} replicas of volume {name:?} would be \
+         left, which is no majority, and without one nobody can say what it held; bring back its other \
+         nodes first, delete the volume, or take its loss by force"
+    )]
+    PoolHoldsMajority { pool: PoolId, name: String, left: usize, replicas: usize },
+    /// See the message.
+    #[error(
+        "pool {pool} can't be given up: {left} of the {nodes} nodes would be left in the cluster group, \
+         which is no majority; bring back the others, or finish replacing their pools, first, or take the \
+         loss by force"
+    )]
+    PoolHoldsClusterMajority { pool: PoolId, left: usize, nodes: usize },
+    /// See the message.
     #[error("pool {pool} can't be added: {node} has {NODE_POOLS_MAX} pools, which is its limit")]
     TooManyPools { node: NodeId, pool: PoolId },
     /// See the message.
@@ -221,6 +237,12 @@ pub enum Refusal {
         "volume {name:?} has {LEASES_PER_VOLUME_MAX} leases, which is the limit: release one first"
     )]
     TooManyLeases { name: String },
+    /// See the message.
+    #[error(
+        "leases of volume {name:?} have changed since the asker looked (revision {now}, not {seen}): \
+         look at them again"
+    )]
+    LeasesMovedOn { name: String, seen: u64, now: u64 },
     /// A refusal that came from the node that leads the cluster group, as it was worded there.
     #[error("{message}")]
     Forwarded { code: RefusalCode, message: String },
@@ -266,12 +288,15 @@ impl Refusal {
             | Refusal::PoolNotExpected { .. }
             | Refusal::PoolAhead { .. }
             | Refusal::NotReplaceable { .. }
+            | Refusal::PoolHoldsMajority { .. }
+            | Refusal::PoolHoldsClusterMajority { .. }
             | Refusal::ReplicaNotReplaceable { .. } => Code::FailedPrecondition,
             Refusal::NoSpace { .. }
             | Refusal::NoSpaceOnOneShard { .. }
             | Refusal::TooManyLeases { .. }
             | Refusal::TooManyNodes { .. }
             | Refusal::TooManyPools { .. } => Code::ResourceExhausted,
+            Refusal::LeasesMovedOn { .. } => Code::Aborted,
             Refusal::Forwarded { code, .. } => *code,
         }
     }

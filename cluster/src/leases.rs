@@ -39,6 +39,7 @@ pub fn check_reason(volume: &str, reason: &str) -> Result<(), Refusal> {
 impl ClusterState {
     pub(crate) fn acquire_lease(&mut self, command: AcquireLease) -> Result<Outcome, Refusal> {
         let AcquireLease { volume: id, host, mode, force, reason, at_ms, .. } = command;
+        let revision = self.revision + 1;
         let read_only = command.read_only || mode == LeaseMode::Readers;
         check_host(&host)?;
         let volume = self.volumes.get_mut(&id).ok_or(Refusal::UnknownVolume { volume: id })?;
@@ -68,8 +69,12 @@ impl ClusterState {
         if in_the_way.is_none() && volume.leases.len() >= LEASES_PER_VOLUME_MAX {
             return Err(Refusal::TooManyLeases { name: name() });
         }
+        check_seen(volume, command.seen_revision)?;
         volume.leases.retain(|lease| lease.mode.goes_with(mode));
-        let epoch = Epoch(volume.last_epoch.0 + 1);
+        // Each grant raises the revision of the whole state: no other grant of the cluster, ever, had
+        // or will have its number, and none of an earlier program a higher one.
+        let unique = Epoch(revision);
+        let epoch = if command.unique_epoch { unique } else { Epoch(volume.last_epoch.0 + 1) };
         let reason = if force { reason } else { String::new() };
         let lease = Lease { host, mode, read_only, epoch, acquired_at_ms: at_ms, reason };
         let place = volume.leases.partition_point(|other| other.host < lease.host);
@@ -84,15 +89,33 @@ impl ClusterState {
         id: VolumeId,
         host: &str,
         epoch: Epoch,
+        seen_revision: Option<u64>,
     ) -> Result<Outcome, Refusal> {
         let volume = self.volumes.get_mut(&id).ok_or(Refusal::UnknownVolume { volume: id })?;
+        check_seen(volume, seen_revision)?;
         let meant = |lease: &Lease| epoch == Epoch(0) || epoch == lease.epoch;
-        let Some(place) = volume.leases.iter().position(|it| it.host == host && meant(it)) else {
+        let place = volume.leases.iter().position(|it| it.host == host && meant(it));
+        if place.is_none() && seen_revision.is_none() {
             return Ok(as_it_is(volume));
-        };
-        volume.leases.remove(place);
+        }
+        if let Some(place) = place {
+            volume.leases.remove(place);
+        }
+        // Also with nothing to end: a lease that its asker gave up before it was granted must not be
+        // granted after this, for nobody would release it.
         volume.lease_revision += 1;
         Ok(Outcome { reply: Reply::Volume(volume.clone()), changed: true })
+    }
+}
+
+/// Whether the volume's leases are those that the asker goes by.
+fn check_seen(volume: &Volume, seen: Option<u64>) -> Result<(), Refusal> {
+    let now = volume.lease_revision;
+    match seen {
+        Some(seen) if seen != now => {
+            Err(Refusal::LeasesMovedOn { name: volume.name.clone(), seen, now })
+        }
+        _ => Ok(()),
     }
 }
 
@@ -118,7 +141,6 @@ pub(crate) fn are_sound(volume: &Volume) -> bool {
         && each
         && epochs.len() == leases.len()
         && leases.len() <= LEASES_PER_VOLUME_MAX
-        && volume.last_epoch.0 <= volume.lease_revision
         && (leases.is_empty() || volume.phase == VolumePhase::Ready)
 }
 

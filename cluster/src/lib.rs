@@ -13,6 +13,7 @@ mod codec;
 mod command;
 mod command_codec;
 mod error;
+mod giving_up;
 mod leases;
 mod lineage;
 mod nodes;

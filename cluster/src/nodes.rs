@@ -146,7 +146,12 @@ impl ClusterState {
 
     /// Gives a node's pool up; answers which member of the cluster group its next pool must have, if
     /// any.
-    pub(crate) fn replace_pool(&mut self, node: NodeId, id: PoolId) -> Result<Outcome, Refusal> {
+    pub(crate) fn replace_pool(
+        &mut self,
+        node: NodeId,
+        id: PoolId,
+        guarded: bool,
+    ) -> Result<Outcome, Refusal> {
         let known = self.nodes.get(&node).ok_or(Refusal::UnknownNode { node })?;
         let pool = self.pools.get(&id).ok_or(Refusal::UnknownPool { pool: id })?;
         if pool.node != node {
@@ -158,6 +163,9 @@ impl ClusterState {
         let serves = |other: &Pool| other.state != PoolState::Lost;
         if !serves(pool) && self.pools_of(node, pool.shard).any(serves) {
             return Ok(Outcome::done(false));
+        }
+        if guarded && serves(pool) {
+            self.check_can_be_given_up(pool)?;
         }
         if pool.shard != ShardId(0) {
             return Ok(Outcome { changed: self.lose_pool(id), reply: Reply::GivenUp });

@@ -15,16 +15,16 @@ use crate::view::{Pool, PoolState, ReplicaState};
 /// What a pool is chosen by, the best one least.
 type Rank = (Reverse<u64>, usize, NodeId, PoolId);
 
-/// What a shard number is chosen by, the best one least: the preferred nodes that it would leave out
-/// (the first of them first), the free space of the worst pool that it would give, the replicas in
+/// What a shard number is chosen by, the best one least: the absent nodes that it would take, the
+/// preferred nodes that it would leave out (the first of them first), the free space of the worst pool that it would give, the replicas in
 /// all that it would give, its number.
-type ShardRank = (Vec<bool>, Reverse<u64>, usize, ShardId);
+type ShardRank = (usize, Vec<bool>, Reverse<u64>, usize, ShardId);
 
 /// The nodes with a working pool of a shard number, each with its best pool that has space.
 type Candidates = BTreeMap<NodeId, Option<Rank>>;
 
 /// Chooses a shard number, and a pool of it on each of as many different nodes as replicas are
-/// wanted. Preferred nodes come first, as far as they have a pool with space. Among pools: most free
+/// wanted. Absent nodes come last, preferred ones first, as far as they have a pool with space. Among pools: most free
 /// space first, then fewest replicas, then by id; among shard numbers the one with the best pools by
 /// the same measure.
 ///
@@ -33,7 +33,7 @@ pub fn choose(
     state: &ClusterState,
     command: &CreateVolume,
 ) -> Result<(ShardId, Vec<(NodeId, PoolId)>), Refusal> {
-    let CreateVolume { name, replicas: wanted, preferred, .. } = command;
+    let CreateVolume { name, replicas: wanted, preferred, absent, .. } = command;
     let registered = count(state.nodes().count());
     if registered < *wanted {
         return Err(Refusal::TooFewNodes { name: name.clone(), wanted: *wanted, registered });
@@ -42,7 +42,8 @@ pub fn choose(
     let mut best: Option<(ShardRank, Vec<Rank>)> = None;
     for (&shard, nodes) in &shards {
         let mut ranks: Vec<Rank> = nodes.values().copied().flatten().collect();
-        ranks.sort_by_key(|rank| (place_among(preferred, rank.2), *rank));
+        let is_absent = |rank: &Rank| absent.contains(&rank.2);
+        ranks.sort_by_key(|rank| (is_absent(rank), place_among(preferred, rank.2), *rank));
         ranks.truncate(*wanted as usize);
         if count(ranks.len()) < *wanted {
             continue;
@@ -51,7 +52,8 @@ pub fn choose(
         let left_out = |node: &NodeId| ranks.iter().all(|rank| rank.2 != *node);
         let left_out: Vec<bool> = preferred.iter().map(left_out).collect();
         let replicas = ranks.iter().map(|(_, replicas, ..)| replicas).sum();
-        let rank = (left_out, worst, replicas, shard);
+        let absent = ranks.iter().filter(|rank| is_absent(rank)).count();
+        let rank = (absent, left_out, worst, replicas, shard);
         if best.as_ref().is_none_or(|(best, _)| rank < *best) {
             best = Some((rank, ranks));
         }

@@ -101,12 +101,13 @@ impl ClusterState {
     }
 
     /// Applies a committed command. Raises the revision if it changed anything. To apply a command
-    /// twice in a row is to apply it once.
+    /// twice in a row is to apply it once; the second answer is a refusal where the command names a
+    /// revision of leases that the first time left behind.
     pub fn apply(&mut self, command: Command) -> Reply {
         let outcome = match command {
             Command::RegisterNode(it) => self.register_node(it),
             Command::NodeBooted(it) => self.node_booted(&it),
-            Command::ReplacePool { node, pool } => self.replace_pool(node, pool),
+            Command::ReplacePool { node, pool, guarded } => self.replace_pool(node, pool, guarded),
             Command::ReplaceReplica { replica } => self.replace_replica(replica),
             Command::ReportPool { pool, space, state } => self.report_pool(pool, space, state),
             Command::CreateVolume(it) => self.create_volume(it),
@@ -116,8 +117,8 @@ impl ClusterState {
             Command::DeleteVolume { volume } => self.delete_volume(volume),
             Command::ReplicaRemoved { replica } => self.replica_removed(replica),
             Command::AcquireLease(it) => self.acquire_lease(it),
-            Command::ReleaseLease { volume, host, epoch } => {
-                self.release_lease(volume, &host, epoch)
+            Command::ReleaseLease { volume, host, epoch, seen_revision } => {
+                self.release_lease(volume, &host, epoch, seen_revision)
             }
         };
         match outcome {

@@ -125,7 +125,8 @@ pub struct Volume {
     pub leases: Vec<Lease>,
     /// The epoch of its last lease; 0 = it never had one. Only grows.
     pub last_epoch: Epoch,
-    /// Raised with every change of `leases`, so that of two copies the newer one is known.
+    /// Raised with every change of `leases`, so that of two copies the newer one is known, and by a
+    /// release that names it.
     pub lease_revision: u64,
 }
 
@@ -150,7 +151,9 @@ pub struct Lease {
     pub mode: LeaseMode,
     /// Whether its writes are refused.
     pub read_only: bool,
-    /// Names the lease within its volume, for ever: a later one has a higher epoch.
+    /// Names the lease in the whole cluster, for ever, also when its volume is gone: a later one, of
+    /// whichever volume, has a higher epoch. What programs before reader version 6 gave out is unique
+    /// within its volume.
     pub epoch: Epoch,
     /// When it was asked for, milliseconds since 1970 by the proposer's wall clock. For people only.
     pub acquired_at_ms: u64,

@@ -97,6 +97,8 @@ pub struct ReplacePool {
     pub node: u32,
     #[prost(bytes = "vec", tag = "2")]
     pub pool: Vec<u8>,
+    #[prost(bool, tag = "3")]
+    pub guarded: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -123,6 +125,8 @@ pub struct CreateVolume {
     pub created_at_ms: u64,
     #[prost(uint32, repeated, tag = "6")]
     pub preferred: Vec<u32>,
+    #[prost(uint32, repeated, tag = "7")]
+    pub absent: Vec<u32>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -173,6 +177,10 @@ pub struct AcquireLease {
     pub reason: String,
     #[prost(uint64, tag = "7")]
     pub at_ms: u64,
+    #[prost(bool, tag = "8")]
+    pub unique_epoch: bool,
+    #[prost(uint64, optional, tag = "9")]
+    pub seen_revision: Option<u64>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -183,6 +191,8 @@ pub struct ReleaseLease {
     pub host: String,
     #[prost(uint64, tag = "3")]
     pub epoch: u64,
+    #[prost(uint64, optional, tag = "4")]
+    pub seen_revision: Option<u64>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -426,7 +436,7 @@ numbers!(LeaseModeNumber for view::LeaseMode {
 });
 numbers!(RefusalCodeNumber for crate::error::RefusalCode {
     InvalidArgument = 1, NotFound = 2, AlreadyExists = 3, FailedPrecondition = 4,
-    ResourceExhausted = 5,
+    ResourceExhausted = 5, Aborted = 6,
 });
 
 impl From<view::PoolSpace> for SpaceRecord {

@@ -9,20 +9,23 @@ use ballast_cluster::{
     Refusal, RefusalCode, Reply, StateError,
 };
 use common::{
-    acquire, booted, booted_with, cluster_of, cluster_of_shards, create, forced, on_shard, pool_id,
-    preferring, ready_volume, register, release, report, volume_id,
+    acquire, booted, booted_with, cluster_of, cluster_of_shards, create, forced, of_volume,
+    on_shard, pool_id, preferring, ready_volume, register, release, report, seen, volume_id,
 };
 
 const COMMANDS: &str = include_str!("golden/commands-v1.txt");
 const COMMANDS_2: &str = include_str!("golden/commands-v2.txt");
 const COMMANDS_3: &str = include_str!("golden/commands-v3.txt");
 const COMMANDS_4: &str = include_str!("golden/commands-v4.txt");
+const COMMANDS_5: &str = include_str!("golden/commands-v5.txt");
+const COMMANDS_6: &str = include_str!("golden/commands-v6.txt");
 const REPLIES: &str = include_str!("golden/replies-v1.txt");
 const REPLIES_2: &str = include_str!("golden/replies-v2.txt");
 const REPLIES_4: &str = include_str!("golden/replies-v4.txt");
 const STATE: &str = include_str!("golden/state-v1.txt");
 const STATE_3: &str = include_str!("golden/state-v3.txt");
 const STATE_4: &str = include_str!("golden/state-v4.txt");
+const STATE_6: &str = include_str!("golden/state-v6.txt");
 
 fn one_of_each() -> Vec<Command> {
     vec![
@@ -62,7 +65,7 @@ fn one_of_each_2() -> Vec<Command> {
     booted.member = Some(ReplicaId(1007));
     vec![
         Command::NodeBooted(booted),
-        Command::ReplacePool { node: NodeId(2), pool: pool_id(2) },
+        Command::ReplacePool { node: NodeId(2), pool: pool_id(2), guarded: false },
         Command::ReplaceReplica { replica: ReplicaId(1001) },
     ]
 }
@@ -115,13 +118,41 @@ fn commands_v4() {
     let reader = AcquireLease { read_only: true, ..acquire(3, "n2", LeaseMode::Readers) };
     let commands = vec![
         preferring(&[3, 1], create("pvc-1", 3, 3)),
-        Command::AcquireLease(acquire(3, "n1", LeaseMode::SingleNodeWriter)),
-        Command::AcquireLease(forced(reader, "n1 burnt down")),
+        Command::AcquireLease(of_volume(acquire(3, "n1", LeaseMode::SingleNodeWriter))),
+        Command::AcquireLease(of_volume(forced(reader, "n1 burnt down"))),
         release(3, "n1", 0),
         release(3, "n1", 7),
     ];
     assert!(commands.iter().all(|command| command.min_reader() == 4));
     compare_commands(COMMANDS_4, commands);
+}
+
+/// What came with reader version 5: a pool that is given up only if it can be missed, nodes that did
+/// not answer.
+#[test]
+fn commands_v5() {
+    let guarded = Command::ReplacePool { node: NodeId(2), pool: pool_id(2), guarded: true };
+    let Command::CreateVolume(mut create) = create("pvc-1", 3, 3) else { unreachable!() };
+    create.absent = vec![NodeId(3), NodeId(1)];
+    let commands = vec![guarded, Command::CreateVolume(create)];
+    assert!(commands.iter().all(|command| command.min_reader() == 5));
+    compare_commands(COMMANDS_5, commands);
+}
+
+/// What came with reader version 6: epochs that are unique in the cluster, and asking of leases as they
+/// were seen.
+#[test]
+fn commands_v6() {
+    let acquire = Command::AcquireLease(acquire(3, "n1", LeaseMode::Writers));
+    let commands = vec![
+        acquire.clone(),
+        seen(0, acquire.clone()),
+        seen(7, acquire),
+        seen(0, release(3, "n1", 0)),
+        seen(7, release(3, "n1", 9)),
+    ];
+    assert!(commands.iter().all(|command| command.min_reader() == 6));
+    compare_commands(COMMANDS_6, commands);
 }
 
 #[test]
@@ -177,7 +208,7 @@ fn state_v3() {
 }
 
 /// Leases of every mode, a forced one, and a volume whose only one was released.
-fn one_of_each_lease() -> ClusterState {
+fn one_of_each_lease(asked: fn(AcquireLease) -> AcquireLease) -> ClusterState {
     use LeaseMode::*;
     let mut state = cluster_of(3);
     let modes = [SingleNodeWriter, SingleNodeMultiWriter, SingleNodePublisher, Readers, Writers];
@@ -185,19 +216,19 @@ fn one_of_each_lease() -> ClusterState {
         ready_volume(&mut state, &format!("v-{id}"), id, 1);
         for host in ["n2", "n1"] {
             let lease = forced(acquire(id, host, mode), "n2 is cut off");
-            state.apply(Command::AcquireLease(lease));
+            state.apply(Command::AcquireLease(asked(lease)));
         }
     }
     ready_volume(&mut state, "released", 6, 1);
     let read_only = AcquireLease { read_only: true, ..acquire(6, "n1", SingleNodeWriter) };
-    state.apply(Command::AcquireLease(read_only));
-    state.apply(release(6, "n1", 1));
+    state.apply(Command::AcquireLease(asked(read_only)));
+    state.apply(release(6, "n1", 0));
     state
 }
 
 #[test]
 fn state_v4() {
-    let state = one_of_each_lease();
+    let state = one_of_each_lease(of_volume);
     assert_eq!(state.volumes().map(|it| it.leases.len()).collect::<Vec<_>>(), [1, 1, 1, 2, 2, 0]);
     let golden: String = STATE_4.lines().collect();
     assert_eq!(golden, hex(&state.encode()));
@@ -205,8 +236,16 @@ fn state_v4() {
 }
 
 #[test]
+fn state_v6() {
+    let state = one_of_each_lease(|asked| asked);
+    let golden: String = STATE_6.lines().collect();
+    assert_eq!(golden, hex(&state.encode()));
+    assert_eq!(ClusterState::decode(&unhex(&golden)), Ok(state));
+}
+
+#[test]
 fn replies_v4() {
-    let state = one_of_each_lease();
+    let state = one_of_each_lease(of_volume);
     let leased = state.find_volume("v-4").expect("it was made").clone();
     let reply = Reply::Volume(leased);
     assert_eq!(REPLIES_4, hex(&reply.encode()) + "\n");
@@ -229,9 +268,9 @@ fn damage_is_found() {
 
 #[test]
 fn what_is_too_new_is_not_skipped() {
-    // min_reader (field 1) = 5, and a kind (field 99) that nobody knows.
-    let newer = [0x08, 5, 0x9a, 0x06, 0];
-    assert_eq!(Command::decode(&newer), Err(CommandError::TooNew { needs: 5 }));
+    // min_reader (field 1) = 7, and a kind (field 99) that nobody knows.
+    let newer = [0x08, 7, 0x9a, 0x06, 0];
+    assert_eq!(Command::decode(&newer), Err(CommandError::TooNew { needs: 7 }));
     let unknown_kind = [0x08, 1, 0x9a, 0x06, 0];
     assert!(matches!(Command::decode(&unknown_kind), Err(CommandError::Malformed(_))));
     assert!(matches!(Command::decode(&[]), Err(CommandError::Malformed(_))));

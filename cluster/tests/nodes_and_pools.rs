@@ -190,7 +190,12 @@ fn a_fresh_pool_takes_the_place_of_a_lost_one() {
     };
     // Without an administrator's word no other pool comes in.
     assert!(matches!(refused(state.apply(fresh(2))), Refusal::PoolNotExpected { .. }));
-    let replace = Command::ReplacePool { node: NodeId(2), pool: pool_id(2) };
+    let replace = |guarded| Command::ReplacePool { node: NodeId(2), pool: pool_id(2), guarded };
+    let refusal = refused(state.apply(replace(true)));
+    let name = state.volume_of_family(single.family).unwrap().name.clone();
+    let pool = pool_id(2);
+    assert_eq!(refusal, Refusal::PoolHoldsMajority { pool, name, left: 0, replicas: 1 });
+    let replace = replace(false);
     let Reply::Replacing { member } = state.apply(replace.clone()) else { panic!() };
     assert_eq!(state.apply(replace.clone()), Reply::Replacing { member });
     assert_eq!(state.pool(pool_id(2)).unwrap().state, PoolState::Lost);
@@ -214,6 +219,30 @@ fn a_fresh_pool_takes_the_place_of_a_lost_one() {
     let second = Command::ReplaceReplica { replica: many.replicas[2] };
     assert!(matches!(refused(state.apply(second)), Refusal::ReplicaNotReplaceable { .. }));
     state.check().unwrap();
+}
+
+#[test]
+fn a_pool_that_a_majority_needs_is_given_up_by_force_only() {
+    let mut state = cluster_of(3);
+    let replace = |node: u32, guarded| {
+        let pool = pool_id(node as u8);
+        Command::ReplacePool { node: NodeId(node), pool, guarded }
+    };
+    assert!(matches!(state.clone().apply(replace(1, true)), Reply::Replacing { .. }));
+    ready_volume(&mut state, "db", 1, 3);
+    assert!(matches!(state.apply(replace(1, true)), Reply::Replacing { .. }));
+    assert!(matches!(state.apply(replace(1, true)), Reply::Replacing { .. }), "asked again");
+    let refusal = refused(state.apply(replace(2, true)));
+    let (pool, name) = (pool_id(2), "db".to_owned());
+    assert_eq!(refusal, Refusal::PoolHoldsMajority { pool, name, left: 1, replicas: 3 });
+    assert_eq!(refusal.code(), RefusalCode::FailedPrecondition);
+    assert!(matches!(state.clone().apply(replace(2, false)), Reply::Replacing { .. }));
+
+    let mut state = cluster_of(3);
+    state.apply(replace(1, true));
+    let refusal = refused(state.apply(replace(2, true)));
+    assert_eq!(refusal, Refusal::PoolHoldsClusterMajority { pool: pool_id(2), left: 1, nodes: 3 });
+    assert!(matches!(state.apply(replace(2, false)), Reply::Replacing { .. }));
 }
 
 #[test]

@@ -6,7 +6,9 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
 use ballast_block::{ClusterId, NodeId, PoolId, ShardId};
-use ballast_cluster::{ClusterState, Pool, PoolState, Refusal, RefusalCode, ReplicaState, Reply};
+use ballast_cluster::{
+    ClusterState, Command, Pool, PoolState, Refusal, RefusalCode, ReplicaState, Reply,
+};
 use common::{
     booted_with, cluster_of_shards, create, created, on_shard, preferring, refused, register,
     report,
@@ -140,6 +142,24 @@ fn preferred_nodes_come_first_and_are_no_reason_to_fail() {
     assert_eq!(nodes(&state, reply), [1]);
     let same = created(state.apply(preferring(&[1], create("d", 6, 1))));
     assert_eq!(nodes(&state, Reply::Volume(same)), [2], "no part of what makes it the same");
+}
+
+#[test]
+fn absent_nodes_are_taken_last_even_if_preferred() {
+    let mut state = cluster_of_shards(3, 1);
+    let mut nodes = |id: u8, replicas: u32, absent: &[u32]| -> Vec<u32> {
+        let asked = preferring(&[2], create(&format!("v{id}"), id, replicas));
+        let Command::CreateVolume(mut asked) = asked else { unreachable!() };
+        asked.absent = absent.iter().copied().map(NodeId).collect();
+        let volume = created(state.apply(Command::CreateVolume(asked)));
+        state.replicas_of(volume.family).map(|replica| replica.node.0).collect()
+    };
+    assert_eq!(nodes(1, 1, &[]), [2]);
+    for id in 2..8 {
+        assert!(matches!(nodes(id, 1, &[2]).as_slice(), [1 | 3]));
+    }
+    assert_eq!(nodes(8, 1, &[1, 2, 3, 9]), [2], "there is no other");
+    assert_eq!(nodes(9, 3, &[1])[2], 1, "all are needed");
 }
 
 #[test]

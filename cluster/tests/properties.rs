@@ -42,8 +42,10 @@ fn command() -> impl Strategy<Value = Command> {
                 on_shard(shard, booted_with(node, pool, counter, incarnation, free << 30))
             }),
         // None of shard 0: without a member of the cluster group it may have several pools.
-        1 => (1..6_u32, prop::sample::select(vec![8, 10, 11, 13, 14]))
-            .prop_map(|(node, pool)| Command::ReplacePool { node: NodeId(node), pool: pool_id(pool) }),
+        1 => (1..6_u32, prop::sample::select(vec![8, 10, 11, 13, 14]), any::<bool>())
+            .prop_map(|(node, pool, guarded)| {
+                Command::ReplacePool { node: NodeId(node), pool: pool_id(pool), guarded }
+            }),
         1 => replica.clone().prop_map(|replica| Command::ReplaceReplica { replica }),
         2 => (1..16_u8, pool_state, 0..4_u64, 0..4_u64).prop_map(|(pool, state, capacity, used)| {
             report(pool, state, capacity << 30, used << 30)

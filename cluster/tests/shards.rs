@@ -23,7 +23,7 @@ fn with_member(command: Command, member: u64) -> Command {
 }
 
 fn replace(pool: u8) -> Command {
-    Command::ReplacePool { node: NODE, pool: pool_id(pool) }
+    Command::ReplacePool { node: NODE, pool: pool_id(pool), guarded: true }
 }
 
 fn ids(state: &ClusterState, shard: u32) -> Vec<PoolId> {
@@ -130,7 +130,8 @@ fn a_replaced_pool_that_is_still_known_is_done() {
             break volume;
         }
     };
-    assert_eq!(state.apply(replace(21)), Reply::GivenUp);
+    let forced = Command::ReplacePool { node: NODE, pool: pool_id(21), guarded: false };
+    assert_eq!(state.apply(forced), Reply::GivenUp);
     assert_eq!(state.apply(start(1, 99, 1)), Reply::Done);
     assert_eq!(state.apply(replace(21)), Reply::Done);
     assert_eq!(state.replica(single.replicas[0]).unwrap().state, ReplicaState::Lost);

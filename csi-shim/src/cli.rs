@@ -5,6 +5,9 @@ use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 
+use tracing_subscriber::EnvFilter;
+
+use crate::NODE_TOPOLOGY_KEY;
 use crate::context::Address;
 
 /// The CSI driver of Ballast.
@@ -43,13 +46,14 @@ pub struct Cli {
     #[arg(long, value_name = "ADDRESS", value_delimiter = ',', value_parser = parse_address)]
     pub nbd_address: Vec<Address>,
     /// The port on which the cluster's nodes serve NBD, told to the nodes that stage.
-    #[arg(long, value_name = "PORT", default_value_t = 10809)]
+    #[arg(long, value_name = "PORT", default_value_t = 10809,
+          value_parser = clap::value_parser!(u16).range(1..))]
     pub nbd_port: u16,
     /// Which hosts the controller publishes to.
     #[arg(long, value_enum, default_value_t = HostRule::Known)]
     pub hosts: HostRule,
     /// error, warn, info, debug or trace, alone or as TARGET=LEVEL, separated by commas.
-    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = parse_level)]
     pub log_level: String,
 }
 
@@ -113,10 +117,27 @@ fn parse_endpoint(text: &str) -> Result<PathBuf, String> {
 
 fn parse_segment(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
+        Some((NODE_TOPOLOGY_KEY, _)) => {
+            Err(format!("{NODE_TOPOLOGY_KEY} is always --node-id: leave it out"))
+        }
         Some((key, value)) if !key.is_empty() && !value.is_empty() => {
             Ok((key.to_owned(), value.to_owned()))
         }
         _ => Err("use KEY=VALUE".to_owned()),
+    }
+}
+
+/// A word that is no level would be taken for the name of a target, and nothing else be logged.
+fn parse_level(text: &str) -> Result<String, String> {
+    let known = |word: &str| {
+        let level = word.rsplit('=').next().unwrap_or(word).trim();
+        ["off", "error", "warn", "info", "debug", "trace"].contains(&level)
+    };
+    match text.split(',').all(known) && EnvFilter::builder().parse(text).is_ok() {
+        true => Ok(text.to_owned()),
+        false => Err("use error, warn, info, debug or trace, alone or as TARGET=LEVEL, \
+                      separated by commas"
+            .to_owned()),
     }
 }
 
@@ -142,6 +163,23 @@ mod tests {
         assert!(cli.mode.controller() && cli.mode.node());
         for wrong in ["tcp://a:1", "unix://run", "/run/csi.sock"] {
             assert!(parse_endpoint(wrong).is_err(), "{wrong}");
+        }
+        for right in ["--log-level warn,ballast_csi_shim=debug", "--log-level off", "--nbd-port 1"]
+        {
+            assert!(Cli::try_parse_from(format!("{words} {right}").split_whitespace()).is_ok());
+        }
+        for wrong in [
+            "--log-level loud",
+            "--log-level info,x=loud",
+            "--log-level info,",
+            "--nbd-port 0",
+            "--topology topology.csi.ballast.storage/node=z",
+            "--topology zone",
+        ] {
+            let refused = Cli::try_parse_from(format!("{words} {wrong}").split_whitespace());
+            let error = refused.expect_err(wrong).to_string();
+            let option = wrong.split(' ').next().expect("a word");
+            assert!(error.contains(option), "{wrong}: {error}");
         }
     }
 }

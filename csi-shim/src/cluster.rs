@@ -26,6 +26,9 @@ const PAUSE: Duration = Duration::from_millis(250);
 /// Between two looks at a volume that is being created.
 const LOOK: Duration = Duration::from_millis(100);
 
+/// How much later than another daemon one may hear what was decided.
+const LAG: Duration = Duration::from_secs(2);
+
 /// The daemons of a cluster.
 #[derive(Clone)]
 pub struct Cluster {
@@ -84,6 +87,15 @@ impl Asking {
         }
     }
 
+    /// Lets others come to rest before something is looked at again, if there is time for that.
+    pub async fn pause(&self) -> bool {
+        let is_time = self.deadline.saturating_duration_since(Instant::now()) > 2 * PAUSE;
+        if is_time {
+            tokio::time::sleep(PAUSE).await;
+        }
+        is_time
+    }
+
     /// A volume by its id, with its replicas.
     ///
     /// # Errors
@@ -94,6 +106,22 @@ impl Asking {
         }
         let found = self.find(id).await?;
         found.ok_or_else(|| Refusal::VolumeUnknown(id.to_owned()))
+    }
+
+    /// A volume that is to have grown so far. A daemon that has not heard of it is given time: to an
+    /// orchestrator "too small" is final.
+    ///
+    /// # Errors
+    /// As [`Asking::volume`].
+    pub async fn grown(&self, id: &str, required: u64) -> Result<api::Volume, Refusal> {
+        let end = self.deadline.min(Instant::now() + LAG);
+        loop {
+            let volume = self.volume(id).await?.0;
+            if volume.size_bytes >= required || end <= Instant::now() + LOOK {
+                return Ok(volume);
+            }
+            tokio::time::sleep(LOOK).await;
+        }
     }
 
     /// A volume by its name or id, if there is one.

@@ -81,6 +81,17 @@ pub enum Refusal {
     /// Stage comes before publish.
     #[error("volume {0:?} is not staged on this node: stage it first")]
     NotStaged(String),
+    /// What is in memory of it is not all written, or somebody uses it.
+    #[error(
+        "volume {volume:?} is still held by the kernel of this node as {devices}: what was written \
+         to it is on its way to its servers, or it is mounted elsewhere on this node; try again"
+    )]
+    DeviceHeld {
+        /// The volume.
+        volume: String,
+        /// Where.
+        devices: String,
+    },
     /// Unpublish comes before unstage.
     #[error("volume {volume:?} is still published at {target:?}: unpublish it first")]
     PublishedStill {
@@ -211,12 +222,13 @@ impl Refusal {
             | Refusal::PublishedOnce { .. }
             | Refusal::DeviceWritable(_)
             | Refusal::ContentUnusable { .. } => Code::FailedPrecondition,
-            Refusal::VolumeNotReady(_) => Code::Unavailable,
+            Refusal::VolumeNotReady(_) | Refusal::DeviceHeld { .. } => Code::Unavailable,
             Refusal::TokenInvalid(_) | Refusal::CallRunning(_) => Code::Aborted,
             Refusal::AnswerIncomplete(_) | Refusal::CallBroken(_) => Code::Internal,
             Refusal::Host(error) => match **error {
                 HostError::Slow { .. } => Code::Unavailable,
                 HostError::LeaseOver(_) => Code::FailedPrecondition,
+                HostError::VolumeDeleted(_) => Code::NotFound,
                 _ => Code::Internal,
             },
             Refusal::Cluster(status) => status.code(),

@@ -14,6 +14,7 @@ pub mod controller;
 pub mod error;
 pub mod host;
 pub mod identity;
+pub mod limits;
 pub mod link;
 pub mod locks;
 pub mod modes;

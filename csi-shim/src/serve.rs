@@ -15,12 +15,13 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use tracing_subscriber::EnvFilter;
 
-use crate::attach;
+use crate::attach::{self, IsDeleted};
 use crate::cli::{Cli, HostRule};
 use crate::cluster::Cluster;
 use crate::controller::{ControllerService, Hosts};
 use crate::host::HostError;
 use crate::identity::IdentityService;
+use crate::limits::DELETED_TIME;
 use crate::node::{Host, NodeService};
 use crate::v1::controller_server::ControllerServer;
 use crate::v1::identity_server::IdentityServer;
@@ -146,7 +147,8 @@ fn node_service(cli: &Cli, node_id: String, cluster: Cluster) -> Result<NodeServ
     // Paths are compared with the kernel's, which has no links in them.
     let folder = cli.state_dir.canonicalize().map_err(state)?;
     let program = std::env::current_exe().map_err(state)?;
-    let attacher = attach::choose(cli.nbd, cli.nbd_connections, &folder, &program)?;
+    let is_deleted = is_deleted(cluster.clone());
+    let attacher = attach::choose(cli.nbd, cli.nbd_connections, &folder, &program, is_deleted)?;
     tracing::info!(attacher = attacher.name(), "volumes become block devices");
     let host = Host {
         node_id,
@@ -155,6 +157,21 @@ fn node_service(cli: &Cli, node_id: String, cluster: Cluster) -> Result<NodeServ
         addresses: cli.nbd_address.clone(),
     };
     Ok(NodeService::new(host, cluster, attacher, &folder)?)
+}
+
+/// Asks the cluster, from any thread.
+fn is_deleted(cluster: Cluster) -> IsDeleted {
+    let runtime = tokio::runtime::Handle::current();
+    Box::new(move |volume_id| {
+        let (asking, volume_id) = (cluster.within(DELETED_TIME), volume_id.to_owned());
+        let (answer, answered) = std::sync::mpsc::channel();
+        runtime.spawn(async move {
+            // Whoever asks waits.
+            let _ = answer.send(matches!(asking.find(&volume_id).await, Ok(None)));
+        });
+        // Dropped without an answer when the process ends.
+        answered.recv().unwrap_or(false)
+    })
 }
 
 fn check_node_id(cli: &Cli) -> Result<Option<String>, ServeError> {

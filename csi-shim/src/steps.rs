@@ -24,6 +24,10 @@ pub enum Call {
     Stage,
     /// NodePublishVolume.
     Publish,
+    /// ControllerExpandVolume, to more than the volume has.
+    ControllerExpand,
+    /// NodeExpandVolume, of a volume that is published.
+    NodeExpand,
     /// NodeUnpublishVolume.
     Unpublish,
     /// NodeUnstageVolume.
@@ -92,6 +96,22 @@ steps! {
         TargetMade,
         /// The target shows the volume.
         Bound,;
+    ControllerExpand:
+        /// The cluster has the volume's new size, and takes writes up to there.
+        VolumeGrown,;
+    NodeExpand:
+        /// The link was told to look.
+        LinkTold,
+        /// The link's file has the new size.
+        LinkGrown,
+        /// losetup was started, to have the loop device look.
+        LoopGrowthStarted,
+        /// The device has the new size.
+        DeviceGrown,
+        /// resize2fs or xfs_growfs was started.
+        GrowthStarted,
+        /// The file system has the new size.
+        FileSystemGrown,;
     Unpublish:
         /// The target shows the volume no longer.
         Unbound,
@@ -139,12 +159,14 @@ pub fn reached(step: Step) {
 }
 
 /// A tool was started.
-pub fn reached_start_of(program: &str) {
+pub fn reached_start_of(program: &str, arguments: &[&str]) {
     match program {
+        "losetup" if arguments.contains(&"--set-capacity") => reached(Step::LoopGrowthStarted),
         "losetup" => reached(Step::LoopStarted),
         "mkfs.ext4" | "mkfs.xfs" => reached(Step::MakeStarted),
         "e2fsck" => reached(Step::CheckStarted),
         "mount" => reached(Step::MountStarted),
+        "resize2fs" | "xfs_growfs" => reached(Step::GrowthStarted),
         _ => {}
     }
 }

@@ -216,6 +216,43 @@ async fn publishing_takes_a_lease_and_tells_the_node_all_it_needs() {
     }
 }
 
+/// A daemon goes on with what it was asked after the driver gave up and asked another one.
+#[tokio::test]
+async fn what_comes_late_neither_takes_a_lease_nor_gives_one_back() {
+    let (fake, controller) = controller().await;
+    let volume = create(&controller, "pvc-1").await;
+    let first = publish(&volume, "node-1", mounted(Mode::SingleNodeWriter));
+    let unpublish = ControllerUnpublishVolumeRequest {
+        volume_id: volume.volume_id.clone(),
+        node_id: "node-1".to_owned(),
+        ..Default::default()
+    };
+    for _ in 0..2 {
+        assert_eq!(publish_code(&controller, first.clone()).await, Code::Ok);
+        let held = fake.leases("pvc-1");
+        fake.repeat().await;
+        assert_eq!(fake.leases("pvc-1"), held, "an earlier release came late");
+        controller.controller_unpublish_volume(request(unpublish.clone())).await.expect("released");
+        fake.repeat().await;
+        assert_eq!(fake.leases("pvc-1"), [], "an earlier acquire came late");
+    }
+    fake.get_stuck(true);
+    let mut given_up = Request::new(first.clone());
+    given_up.set_timeout(Duration::from_millis(900));
+    let status = controller.controller_publish_volume(given_up).await.expect_err("no answer");
+    assert_eq!(status.code(), Code::Unavailable);
+    fake.get_stuck(false);
+    controller.controller_unpublish_volume(request(unpublish.clone())).await.expect("none held");
+    fake.repeat().await;
+    assert_eq!(fake.leases("pvc-1"), [], "it was granted after it was given up");
+
+    fake.overtake(2);
+    assert_eq!(publish_code(&controller, first).await, Code::Ok, "it looks again");
+    fake.overtake(2);
+    controller.controller_unpublish_volume(request(unpublish)).await.expect("it looks again");
+    assert_eq!(fake.leases("pvc-1"), []);
+}
+
 #[tokio::test]
 async fn readers_and_raw_writers_share_a_volume() {
     let (_fake, controller) = controller().await;
@@ -284,6 +321,30 @@ async fn volumes_grow_and_never_shrink() {
         ControllerExpandVolumeRequest { volume_id: volume.volume_id.clone(), ..Default::default() };
     let nothing = controller.controller_expand_volume(request(nothing)).await;
     assert_eq!(nothing.expect_err("no range").code(), Code::InvalidArgument);
+}
+
+/// A call that ended between the two is made again: a host must not be told to grow to it before.
+#[tokio::test]
+async fn a_size_that_is_decided_and_not_in_force_is_no_growth() {
+    let (fake, controller) = controller().await;
+    let volume = create(&controller, "pvc-1").await;
+    let expand = async || {
+        let range = CapacityRange { required_bytes: 100 * MIB, limit_bytes: 0 };
+        let mut it = request(ControllerExpandVolumeRequest {
+            volume_id: volume.volume_id.clone(),
+            capacity_range: Some(range),
+            ..Default::default()
+        });
+        it.set_timeout(Duration::from_millis(900));
+        let answer = controller.controller_expand_volume(it).await;
+        answer.map(|it| it.into_inner().capacity_bytes).map_err(|status| status.code())
+    };
+    fake.hold_growth(true);
+    for _ in 0..2 {
+        assert_eq!(expand().await, Err(Code::Unavailable));
+    }
+    fake.hold_growth(false);
+    assert_eq!(expand().await, Ok(100 * MIB));
 }
 
 #[tokio::test]

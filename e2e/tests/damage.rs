@@ -54,11 +54,24 @@ fn replace_pool(cluster: &mut Cluster, id: u32, asked: u32) {
     cluster.wait_in_sync("demo");
 }
 
+/// What is healthy is not given up by a slip.
+fn assert_serving_pool_stays(cluster: &Cluster, id: u32, asked: u32) {
+    let program = scratch::program("ballastctl").display().to_string();
+    let (endpoint, node) = (cluster.node(asked).grpc.clone(), id.to_string());
+    let replace = ["--endpoint", &endpoint, "pool", "replace", "--yes", "--node", &node];
+    let refused = output(&program, &replace);
+    let text = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success() && text.contains("stop the node first"), "{text}");
+    let pools = cluster.ballastctl(asked, &["pool", "list"]);
+    assert!(!pools.contains("lost"), "{pools}");
+}
+
 #[test]
 fn a_rolled_back_pool_is_refused_for_ever_and_replaced() {
     let mut cluster = Cluster::start("rolled-back");
     let mut verify = load(&cluster, &[1]);
     verify.progress(200, 60);
+    assert_serving_pool_stays(&cluster, 2, 1);
     let pool = pool_file(&cluster, 2);
     let copy = pool.with_extension("copy");
     let copied = |from: &PathBuf, to: &PathBuf| {
@@ -135,8 +148,10 @@ fn stop(cluster: &mut Cluster, id: u32) {
     cluster.kill(id);
 }
 
-/// The family of `demo`: the first volume that was made.
-const DEMO: u64 = 1;
+/// Volumes and their families, which count up: one that is written to all the time, and one that
+/// nobody overwrites.
+const DEMO: (&str, u64) = ("demo", 1);
+const STILL: (&str, u64) = ("still", 2);
 
 /// Kills node 2 with some log behind its checkpoint, damages what `pick` chooses of the places
 /// found, starts it again, and waits until it is ready. Answers what was damaged, for messages.
@@ -144,26 +159,27 @@ fn with_damage(
     cluster: &mut Cluster,
     verify: &mut Verify,
     leads: bool,
+    (volume, family): (&str, u64),
     kind: &str,
     pick: impl Fn(&[&Value]) -> usize,
 ) -> String {
     stop(cluster, 2);
     cluster.restart(2);
-    cluster.wait_in_sync("demo");
+    cluster.wait_in_sync(volume);
     // A vote in the log of node 2, whoever leads in the end.
-    cluster.move_leader("demo", 3);
-    cluster.move_leader("demo", if leads { 2 } else { 1 });
+    cluster.move_leader(volume, 3);
+    cluster.move_leader(volume, if leads { 2 } else { 1 });
     verify.progress(200, 60);
     cluster.kill(2);
     let (_, before) = inspect(cluster, 2, &["--places", "--payload"]);
     let replicas: Vec<Value> = cluster
-        .replicas("demo")
+        .replicas(volume)
         .iter()
         .filter(|replica| replica.node == 2)
         .map(|replica| Value::from(replica.id))
         .collect();
     let ours = |place: &&Value| {
-        place["kind"] == kind && (place["family"] == DEMO || replicas.contains(&place["replica"]))
+        place["kind"] == kind && (place["family"] == family || replicas.contains(&place["replica"]))
     };
     let of_pool = |place: &&Value| place["kind"] == kind && kind == "superblock";
     // What lies in the log comes in the log's order. By offset the log's end may be the middle: a
@@ -225,25 +241,36 @@ fn mended(test: &str, leads: bool) {
     let gentle = ["--expect-zeroes", "--span-mib", "32", "--depth", "1", "--max-kib", "4"];
     let mut verify = Verify::start(&cluster.scratch, &[&cluster.uri(1)], &gentle);
     verify.progress(500, 60);
+    let create = ["volume", "create", "still", "--size", "32MiB", "--replicas", "3", "--wait"];
+    cluster.ballastctl(1, &create);
+    let still = cluster.uri(1).replace("/demo", "/still");
+    run("qemu-io", &["-f", "raw", "-c", "write -P 0x5a 0 16M", &still]);
     for (kind, pick, counter) in [
         ("superblock", first as Pick, "ballast_damaged_superblocks_total"),
         ("vote-slot", first, "ballast_damaged_votes_total"),
         ("batch-header", middle, "ballast_damaged_headers_total"),
         ("vote-batch", first, "ballast_damaged_headers_total"),
     ] {
-        let damaged = with_damage(&mut cluster, &mut verify, leads, kind, pick);
+        let damaged = with_damage(&mut cluster, &mut verify, leads, DEMO, kind, pick);
         wait_counted(&cluster, counter, &damaged);
         cluster.wait_in_sync("demo");
     }
 
-    with_damage(&mut cluster, &mut verify, leads, "entry-not-covered", middle);
+    let damaged = with_damage(&mut cluster, &mut verify, leads, DEMO, "entry-not-covered", middle);
+    wait_counted(&cluster, "ballast_recovery_damaged_entries", &damaged);
     cluster.wait_in_sync("demo");
 
-    with_damage(&mut cluster, &mut verify, leads, "payload", middle);
-    cluster.wait_in_sync("demo");
+    let damaged = with_damage(&mut cluster, &mut verify, leads, STILL, "payload", middle);
+    cluster.wait_in_sync("still");
+    cluster.move_leader("still", 2);
+    // At node 2, which a client at another node would take the lead from.
+    let still = cluster.uri(2).replace("/demo", "/still");
+    run("qemu-io", &["-r", "-f", "raw", "-c", "read -P 0x5a 0 16M", &still]);
+    wait_counted(&cluster, "ballast_damaged_blocks_total", &damaged);
+    wait_counted(&cluster, "ballast_repaired_blocks_total", &damaged);
 
     // A page that lies under no directory: found when it is wanted.
-    let damaged = with_damage(&mut cluster, &mut verify, leads, "map-page", |found| {
+    let damaged = with_damage(&mut cluster, &mut verify, leads, DEMO, "map-page", |found| {
         let inner = found.iter().position(|place| place["detail"] == "");
         inner.expect("the map has pages")
     });

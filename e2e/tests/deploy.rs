@@ -347,8 +347,13 @@ fn commands_of_the_guide_work_or_are_said_to_need_kubernetes() {
                     script += &format!("export BALLAST_ENDPOINT={}\n", endpoints.join(","));
                 }
                 "ballastctl" | "nbdinfo" => {
-                    script += &command.replace("10.0.0.1:10809", &nbd);
-                    script += "\n";
+                    // The epoch is the cluster's choice: as attach printed it.
+                    let export = command.replace("first@lease=41", "${said##* }");
+                    let command = export.replace("10.0.0.1:10809", &nbd);
+                    script += &match command.contains("volume attach") {
+                        true => format!("said=$({command}\n)\necho \"$said\"\n"),
+                        false => format!("{command}\n"),
+                    };
                 }
                 // Those that need a network, or hours; `ballastd dev` has tests of its own.
                 "podman" | "cargo" | "grep" => {}
@@ -358,7 +363,8 @@ fn commands_of_the_guide_work_or_are_said_to_need_kubernetes() {
     }
     assert!(of_kubernetes > 8, "only {of_kubernetes} commands for Kubernetes");
     // The last page takes a lease by force of the volume that the first one deletes.
-    let force = script.find("ballastctl volume attach first --host node-b").expect("it is there");
+    let force =
+        script.find("said=$(ballastctl volume attach first --host node-b").expect("it is there");
     script.insert_str(force, "ballastctl volume create first --size 1GiB --replicas 3 --wait\n");
     run("bash", &["-c", &script]);
 }
@@ -380,5 +386,44 @@ fn the_image_is_built_by_the_pinned_toolchain_from_programs_that_exist() {
     for name in copied {
         let is_built = manifests.iter().any(|it| it.contains(&format!("name = \"{name}\"")));
         assert!(is_built, "no crate makes {name}");
+    }
+}
+
+/// The programs that the node plugin starts, and Debian's packages with them.
+const TOOLS: [(&str, &str); 10] = [
+    ("blkid", "util-linux"),
+    ("e2fsck", "e2fsprogs"),
+    ("resize2fs", "e2fsprogs"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("mkfs.xfs", "xfsprogs"),
+    ("xfs_growfs", "xfsprogs"),
+    ("xfs_logprint", "xfsprogs"),
+    ("losetup", "mount"),
+    ("mount", "mount"),
+    ("ss", "iproute2"),
+];
+
+fn sources_below(folder: &Path) -> String {
+    let entries = std::fs::read_dir(folder).expect("a folder");
+    let text = |path: PathBuf| match path.is_dir() {
+        true => sources_below(&path),
+        false => std::fs::read_to_string(&path).expect("a source file"),
+    };
+    entries.map(|entry| text(entry.expect("an entry").path())).collect()
+}
+
+#[test]
+fn the_image_has_the_programs_that_the_node_plugin_starts() {
+    let recipe = read("deploy/Containerfile");
+    let installed = recipe.split("--no-install-recommends").nth(1).expect("what is installed");
+    let installed: Vec<&str> = installed.lines().next().unwrap_or_default().split(' ').collect();
+    let source = sources_below(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../csi-shim/src"));
+    let calls = ["tools::must(\"", "tools::run(\""].map(|call| source.split(call).skip(1));
+    let named = calls.into_iter().flatten().filter_map(|after| after.split('"').next());
+    let made = TOOLS.map(|(tool, _)| tool).into_iter().filter(|tool| tool.starts_with("mkfs."));
+    for tool in named.chain(made) {
+        let known = TOOLS.iter().find(|(known, _)| *known == tool);
+        let (_, package) = known.unwrap_or_else(|| panic!("which package has {tool}?"));
+        assert!(installed.contains(package), "{tool} of {package} is not in the image");
     }
 }

@@ -2,11 +2,13 @@
 //!
 //! Short forms; `BALLAST_E2E_LONG=1` gives the counts of the long tier.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use ballast_e2e::cluster::Cluster;
-use ballast_e2e::times;
+use ballast_e2e::cluster::{Cluster, MIB};
+use ballast_e2e::process::Running;
 use ballast_e2e::verify::{Verify, unix_ms};
+use ballast_e2e::{times, wait};
 
 const LOAD: [&str; 3] = ["--expect-zeroes", "--span-mib", "128"];
 
@@ -44,6 +46,32 @@ fn killing_the_leader_loses_nothing_and_stalls_under_two_seconds() {
     println!("stalls in ms after a kill of the leader: {stalls:?}");
     assert!(median(&stalls) < 2000, "median of {stalls:?}");
     assert!(stalls.iter().all(|stall| *stall <= 5000), "{stalls:?}");
+    cluster.assert_replicas_are_equal();
+}
+
+/// Each run of fio is killed into once, and reads back all that it wrote.
+#[test]
+fn killing_the_leader_is_no_error_to_fio_and_nothing_that_it_verifies_is_wrong() {
+    let mut cluster = Cluster::start("kill-leader-fio");
+    let (uri, log) = (format!("--uri={}", cluster.uri(1)), cluster.scratch.file("fio.log"));
+    let job = ["fio", "--name=verify", "--ioengine=nbd", &uri, "--size=96m", "--iodepth=16"];
+    let sizes = ["--rw=randwrite", "--bsrange=4k-64k", "--blockalign=4k", "--rate=24m"];
+    let checks = ["--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--verify_backlog=64"];
+    for round in 0..times(2, 20) {
+        let victim = 2 + (round as u32) % 2;
+        cluster.move_leader("demo", victim);
+        let seed = format!("--randseed={round}");
+        let command = [&job[..], &sizes, &checks, &[&seed]].concat();
+        let written = || cluster.metric(victim, "ballast_log_written_bytes_total");
+        let before = written();
+        let mut fio = Running::start(Path::new(&log), &command, false);
+        wait::until_true("fio writes", 60, || written() > before + 8 * MIB);
+        cluster.kill(victim);
+        assert!(fio.is_running(), "it was to be killed into: {}", fio.log());
+        assert_eq!(fio.wait(120), 0, "{}", fio.log());
+        cluster.restart(victim);
+        cluster.wait_in_sync("demo");
+    }
     cluster.assert_replicas_are_equal();
 }
 

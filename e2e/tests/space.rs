@@ -173,10 +173,10 @@ fn a_volume_overwritten_twenty_times_stays_within_its_pool() {
     let cluster = Cluster::with("overwrite", &small_pools(64, 512));
     let load = ["--expect-zeroes", "--span-mib", "64", "--reads", "5", "--zeroes", "1"];
     let mut verify = Verify::start(&cluster.scratch, &[&cluster.uri(1)], &load);
-    // 34 KiB is the mean of sizes from 4 to 64 KiB.
-    verify.progress(20 * 64 * MIB / (34 << 10), 600);
+    // 34 KiB is the mean of sizes from 4 to 64 KiB; a quarter more, for zeroes and reads among them.
+    verify.progress(25 * 64 * MIB / (34 << 10), 600);
     let report = verify.finish();
     report.assert_ok();
-    assert!(report.number("bytes") > 15 * 64 * MIB, "{:#}", report.json);
+    assert!(report.number("bytes") >= 20 * 64 * MIB, "{:#}", report.json);
     cluster.assert_replicas_are_equal();
 }

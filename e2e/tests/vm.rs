@@ -9,7 +9,7 @@ use ballast_csi_shim::v1::volume_usage::Unit;
 use ballast_e2e::process;
 use ballast_e2e::vm::Guest;
 use ballast_e2e::wait::until_true;
-use csi_driver::{MIB, Used, block, bytes_of, code, mounted};
+use csi_driver::{HOST, MIB, Used, block, bytes_of, code, mounted};
 use guest_driver::{InGuest, Writer};
 use nix::sys::signal::Signal;
 use tonic::Code;
@@ -27,11 +27,14 @@ fn a_file_system_is_staged_published_written_grown_and_unstaged() {
         assert_eq!(code(host.unstage(&used)), Code::FailedPrecondition, "it is in use");
 
         let before = host.stats(&used, &target);
+        let connections = host.connections();
         let writer = Writer::start(&host, &target);
         for more in [32, 64] {
             assert_eq!(host.expand(&used, mib + more, &target), (mib + more) * MIB);
+            assert_eq!(host.expand_here(&used, mib + more, &target), (mib + more) * MIB);
         }
         writer.goes_on();
+        assert_eq!(host.connections(), connections, "the kernel takes a size alone");
         writer.stop(&format!("growing {fs_type}"));
         let after = host.stats(&used, &target);
         let grown = bytes_of(&after) - bytes_of(&before);
@@ -64,8 +67,16 @@ fn a_raw_device_is_written_and_grown() {
     host.run(&format!("dd if=/dev/urandom of={device} bs=1M count=4 conv=notrunc,fsync"));
     let read = format!("echo 3 >/proc/sys/vm/drop_caches\nhead -c 4194304 {device} | sha256sum");
     let sum = host.run(&read);
+    let first = host.connections();
     assert_eq!(host.expand(&used, 96, &device), 96 * MIB);
     assert_eq!(size(), (96 * MIB).to_string());
+    assert_eq!(host.connections(), first);
+    // As an earlier version left it: then only a new connection tells what its server takes.
+    host.run(&format!("sed -i 3d {}/attach/{}", host.file("state"), used.volume.volume_id));
+    assert_eq!(host.expand(&used, 128, &device), 128 * MIB);
+    assert_eq!(size(), (128 * MIB).to_string());
+    assert!(!host.connections().iter().any(|it| first.contains(it)), "all are new");
+    host.run(&format!("dd if=/dev/urandom of={device} bs=1M seek=127 count=1 conv=fsync,notrunc"));
     assert_eq!(host.run(&read), sum);
     host.unpublish(&used, "device").expect("it is unpublished");
     host.finish(&used);
@@ -172,6 +183,30 @@ fn writes_under_a_lease_that_was_taken_away_fail_soon() {
     host.unstage(&used).expect("it is unstaged");
     host.cluster.ballastctl(1, &["lease", "release", "data", "--host", "host-2"]);
     host.delete(&used).expect("it is deleted");
+    host.end();
+}
+
+/// Its lease is released and it is deleted while the host's driver is not there to hear of either.
+#[test]
+fn writes_to_a_volume_that_was_deleted_fail_soon() {
+    let host = InGuest::start("vm-deleted");
+    let used = mounted_in_guest(&host);
+    let writer = Writer::start(&host, &host.file("pod"));
+    host.kill_node();
+    host.cluster.ballastctl(1, &["lease", "release", "data", "--host", HOST]);
+    host.cluster.ballastctl(1, &["volume", "delete", "data", "--yes"]);
+    until_true("the loss of the connections", 60, || host.served_by().is_empty());
+    assert_ne!(writer.log().last().expect("it has written"), "failed", "it waits");
+    let start = std::time::Instant::now();
+    host.start_node();
+    until_true("an error for the writer", 60, || {
+        writer.log().last().is_some_and(|line| line == "failed")
+    });
+    let took = start.elapsed().as_secs_f64();
+    println!("the writer's error came {took:.1} s after the driver");
+    assert!(host.console().contains("the cluster says that the volume is deleted"));
+    host.unpublish(&used, "pod").expect("it is unpublished");
+    host.unstage(&used).expect("it is unstaged");
     host.end();
 }
 

@@ -139,7 +139,8 @@ impl<E: Env> Node<E> {
         true
     }
 
-    /// Gives a node's pool up for ever, so that a fresh one can take its place.
+    /// Gives a node's pool up for ever, so that a fresh one can take its place. Refused when a volume
+    /// or the cluster group had no majority without it, unless by force.
     ///
     /// # Errors
     /// [`AdminError`].
@@ -147,8 +148,10 @@ impl<E: Env> Node<E> {
         &self,
         node: NodeId,
         pool: PoolId,
+        force: bool,
     ) -> Result<Replacement, AdminError> {
-        match self.inner.cluster.propose(&Command::ReplacePool { node, pool }).await? {
+        let replace = Command::ReplacePool { node, pool, guarded: !force };
+        match self.inner.cluster.propose(&replace).await? {
             Reply::Replacing { member } => Ok(Replacement::Member(member)),
             Reply::GivenUp => Ok(Replacement::NoMember),
             Reply::Done => Ok(Replacement::Serves),
@@ -199,6 +202,7 @@ impl<E: Env> Node<E> {
             replicas,
             created_at_ms: env.wall_ms(),
             preferred,
+            absent: self.absent(),
         });
         let volume = self.propose_about_volume(&command).await?;
         let end = env.now().after(READY_MAX);
@@ -213,6 +217,14 @@ impl<E: Env> Node<E> {
                 Some(_) => env.sleep(POLL).await,
             }
         }
+    }
+
+    /// Members of the cluster group that this node has no connection to now.
+    fn absent(&self) -> Vec<NodeId> {
+        let inner = &self.inner;
+        let others = inner.config.founders.iter().map(|founder| founder.node);
+        let others = others.filter(|&node| node != inner.config.node);
+        others.filter(|&node| inner.links.peer(node).is_none()).collect()
     }
 
     /// The volume of that name or id.

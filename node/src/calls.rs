@@ -339,6 +339,9 @@ pub struct InstallLeasesV1 {
     /// The size in bytes that the asker knows: this or a larger one.
     #[prost(uint64, tag = "2")]
     pub size: u64,
+    /// The lease whose holder waits for the answer; 0 = nobody's.
+    #[prost(uint64, tag = "3")]
+    pub epoch: u64,
 }
 
 /// What a volume is to hold.
@@ -376,7 +379,8 @@ pub struct ContentReplyV1 {
     /// Whether anything was ever written to it.
     #[prost(bool, tag = "6")]
     pub ever_written: bool,
-    /// Refused because the lease under which it was said is not in force, or only reads.
+    /// The lease that was named is not in force, or what was said under it is refused because it
+    /// only reads.
     #[prost(bool, tag = "7")]
     pub not_leased: bool,
 }

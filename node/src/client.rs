@@ -154,7 +154,13 @@ impl<E: Env> VolumeClient<E> {
     /// The size in bytes that the volume has by now, as far as this node knows.
     pub fn size_now(&self) -> u64 {
         let state = self.inner.cluster.state();
-        state.volume_of_family(self.family).map_or(self.size, |volume| volume.size_bytes)
+        let known = state.volume_of_family(self.family).map_or(self.size, |it| it.size_bytes);
+        known.max(self.size_told())
+    }
+
+    /// The largest size of the volume that a client here was told before this node knew of it; else 0.
+    pub(crate) fn size_told(&self) -> u64 {
+        self.inner.nbd_sizes.of(self.family)
     }
 
     /// The volume's name.

@@ -95,17 +95,20 @@ impl Ask {
 
 /// Has the family's leader take the leases and the size over that the cluster group knows. When this
 /// returns, no write under an earlier lease is applied any more, and writes up to the size are.
+/// Answers whether `epoch` is in force then: the family may know of its end before this node does.
 ///
 /// # Errors
 /// [`LeaseError`].
 pub(crate) async fn install<E: Env>(
     inner: &Rc<Inner<E>>,
     volume: VolumeId,
-) -> Result<(), LeaseError> {
+    epoch: Epoch,
+) -> Result<bool, LeaseError> {
     let known = inner.cluster.state().volume(volume).cloned();
     let known = known.ok_or(LeaseError::VolumeUnknown(volume))?;
-    let ask = InstallLeasesV1 { revision: known.lease_revision, size: known.size_bytes };
-    at_leader(inner, &known, &Ask::Install(ask)).await.map(|_| ())
+    let (revision, size) = (known.lease_revision, known.size_bytes);
+    let ask = InstallLeasesV1 { revision, size, epoch: epoch.0 };
+    at_leader(inner, &known, &Ask::Install(ask)).await.map(|reply| !reply.not_leased)
 }
 
 /// Says what a volume holds, under a lease (0 = as an administrator), or asks only. Guarantee
@@ -201,11 +204,19 @@ pub(crate) async fn install_here<E: Env>(
         })
     };
     hear(inner, heard).await;
-    let brought_up = bring_up(inner, &member).await;
+    let brought_up = match bring_up(inner, &member).await {
+        // What a leader that was deposed knows of a lease may be over.
+        Ok(()) if ask.epoch != 0 => member.group().pass().await.map(drop).map_err(Into::into),
+        brought_up => brought_up,
+    };
     let state = member.state();
     let is_there = state.leases().revision() >= ask.revision && state.size() >= ask.size;
     match brought_up {
-        Ok(()) if is_there => ContentReplyV1::default(),
+        Ok(()) if is_there => {
+            let epoch = Epoch(ask.epoch);
+            let not_leased = epoch != Epoch(0) && state.leases().grant(epoch).is_none();
+            ContentReplyV1 { not_leased, ..ContentReplyV1::default() }
+        }
         Ok(()) => stopped(),
         Err(error) => failed(&error),
     }
@@ -255,14 +266,12 @@ async fn say<E: Env>(
     ask: ContentAskV1,
 ) -> Result<FamilyReplyV1, ExecuteError> {
     let ContentAskV1 { kind, fs_type, epoch } = ask;
-    let content = SetContentV1 { kind, fs_type };
-    if epoch == 0 {
-        return member.control(FamilyCommand::SetContent(content)).await;
+    let content = Some(SetContentV1 { kind, fs_type });
+    if epoch != 0 {
+        // The holder may have heard of its lease before this node.
+        is_in_force(inner, member, Epoch(epoch)).await?;
     }
-    // The holder may have heard of its lease before this node.
-    is_in_force(inner, member, Epoch(epoch)).await?;
-    let said = SetContentUnderV1 { content: Some(content), epoch };
-    member.control(FamilyCommand::SetContentUnder(said)).await
+    member.control(FamilyCommand::SayContent(SetContentUnderV1 { content, epoch })).await
 }
 
 /// Proposes the size and the leases that this node knows of, where the family has older ones. For

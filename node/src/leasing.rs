@@ -34,6 +34,9 @@ pub struct LeaseAsk {
     pub read_only: bool,
     /// Take it from the hosts that stand in the way, for this reason.
     pub by_force: Option<String>,
+    /// The revision of the volume's leases that the asker goes by: it gets no lease where others have
+    /// been there since. None = whatever happened meanwhile.
+    pub seen_revision: Option<u64>,
 }
 
 impl<E: Env> Node<E> {
@@ -60,7 +63,7 @@ impl<E: Env> Node<E> {
         volume: VolumeId,
         ask: LeaseAsk,
     ) -> Result<(Volume, Lease), AdminError> {
-        let LeaseAsk { host, mode, read_only, by_force } = ask;
+        let LeaseAsk { host, mode, read_only, by_force, seen_revision } = ask;
         let command = Command::AcquireLease(AcquireLease {
             volume,
             host: host.clone(),
@@ -69,15 +72,17 @@ impl<E: Env> Node<E> {
             force: by_force.is_some(),
             reason: by_force.unwrap_or_default(),
             at_ms: self.inner.env.wall_ms(),
+            unique_epoch: true,
+            seen_revision,
         });
         let volume = self.propose_about_volume(&command).await?;
         let lease = volume.lease(&host).cloned();
         let lease = lease.ok_or_else(|| AdminError::NotHeard(volume.name.clone()))?;
-        self.take_over(&volume).await?;
-        // Taking it over took time. A lease that was forced away meanwhile was granted, and is gone.
+        // Taking it over takes time. A lease that was forced away meanwhile was granted, and is gone:
+        // the volume's group says so, whatever this node has heard.
+        let in_force = self.take_over_under(&volume, lease.epoch).await?;
         let known = self.cluster_state().volume(volume.id).cloned();
-        let holds = known.is_some_and(|known| known.lease_of_epoch(lease.epoch).is_some());
-        if holds {
+        if in_force && known.is_some_and(|it| it.lease_of_epoch(lease.epoch).is_some()) {
             Ok((volume, lease))
         } else {
             Err(AdminError::LeaseGone { volume: volume.name, host })
@@ -93,12 +98,14 @@ impl<E: Env> Node<E> {
         name_or_id: &str,
         host: &str,
         epoch: Epoch,
+        seen_revision: Option<u64>,
     ) -> Result<bool, AdminError> {
-        self.release_lease_of(&self.find_volume(name_or_id)?, host, epoch).await
+        self.release_lease_of(&self.find_volume(name_or_id)?, host, epoch, seen_revision).await
     }
 
-    /// Ends a host's lease, or only the one with that epoch; 0 = whichever it has. Answers whether
-    /// there was one in `before`: the volume as it was known before.
+    /// Ends a host's lease, or only the one with that epoch; 0 = whichever it has. With a revision of
+    /// the volume's leases only if that is the one now; what was asked at it before is then refused
+    /// when it comes. Answers whether there was one in `before`: the volume as it was known before.
     ///
     /// # Errors
     /// [`AdminError`]. None because the volume's group did not hear of it in time.
@@ -107,9 +114,11 @@ impl<E: Env> Node<E> {
         before: &Volume,
         host: &str,
         epoch: Epoch,
+        seen_revision: Option<u64>,
     ) -> Result<bool, AdminError> {
         let held = before.lease(host).map(|lease| lease.epoch);
-        let command = Command::ReleaseLease { volume: before.id, host: host.to_owned(), epoch };
+        let (id, name) = (before.id, host.to_owned());
+        let command = Command::ReleaseLease { volume: id, host: name, epoch, seen_revision };
         let volume = self.propose_about_volume(&command).await?;
         if volume.phase == VolumePhase::Ready {
             let taken_over = tokio::select! {
@@ -141,8 +150,13 @@ impl<E: Env> Node<E> {
 
     /// Has the volume's group take over what the cluster group decided.
     pub(crate) async fn take_over(&self, volume: &Volume) -> Result<(), AdminError> {
+        self.take_over_under(volume, Epoch(0)).await.map(drop)
+    }
+
+    /// The same; answers whether that lease is in force there.
+    async fn take_over_under(&self, volume: &Volume, epoch: Epoch) -> Result<bool, AdminError> {
         self.hear_of(volume).await?;
-        Ok(leases::install(&self.inner, volume.id).await?)
+        Ok(leases::install(&self.inner, volume.id, epoch).await?)
     }
 
     /// Waits until this shard knows the volume, its size and its leases as they were decided: another

@@ -25,6 +25,7 @@ mod mend;
 mod meters;
 pub mod metrics;
 pub mod nbd_lanes;
+mod nbd_sizes;
 mod nbd_target;
 pub mod node;
 pub mod operate;

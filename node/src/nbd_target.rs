@@ -262,11 +262,12 @@ impl<E: Env> Connection<E> {
         }
     }
 
-    /// A volume may grow while a client uses it; looked at when the cluster's state has changed.
+    /// A volume may grow while a client uses it; looked at when the cluster's state has changed, or
+    /// another client here was told so before it has.
     fn note_growth(&mut self) {
         let Some(client) = &self.client else { return };
         let revision = self.inner.cluster.state().revision();
-        if self.revision_seen != revision {
+        if self.revision_seen != revision || client.size_told() > 0 {
             self.revision_seen = revision;
             self.session.grow(client.size_now());
         }
@@ -428,6 +429,10 @@ impl<E: Env> Connection<E> {
         tracing::info!(from = self.from, volume = volume.name, read_only, "NBD client attached");
         let mut info = export_info(volume.name, client.size(), read_only);
         info.multi_connection |= self.place.is_some();
+        let state = self.inner.cluster.state();
+        let known = |family| state.volume_of_family(family).map(|volume| volume.size_bytes);
+        self.inner.nbd_sizes.tell(volume.family, info.size, known);
+        drop(state);
         self.attached.set(true);
         self.client = Some(client);
         Ok(info)

@@ -35,6 +35,7 @@ use crate::cluster_group::{
 use crate::config::{Founder, NodeConfig};
 use crate::meters::Meters;
 use crate::nbd_lanes::Sessions;
+use crate::nbd_sizes::SizesTold;
 use crate::peers::identity::Identity;
 use crate::peers::links::{Handler, Links};
 use crate::peers::raft_net::{RaftNet, Transfers};
@@ -135,6 +136,7 @@ pub(crate) struct Inner<E: Env> {
     /// NBD clients connected now.
     pub(crate) nbd_connections: Cell<usize>,
     pub(crate) nbd_sessions: Sessions<E>,
+    pub(crate) nbd_sizes: SizesTold,
     /// Told when there is one connection less.
     pub(crate) nbd_closed: Notify,
     pub(crate) request_memory: Rc<RequestMemory>,
@@ -316,6 +318,7 @@ impl<E: Env> Node<E> {
             opened_in,
             nbd_connections: Cell::new(0),
             nbd_sessions: RefCell::default(),
+            nbd_sizes: SizesTold::default(),
             nbd_closed: Notify::new(),
             request_memory,
             nbd_addresses: RefCell::default(),

@@ -379,6 +379,7 @@ mod tests {
             replicas: 3,
             created_at_ms: 0,
             preferred: Vec::new(),
+            absent: Vec::new(),
         };
         state.apply(Command::CreateVolume(create));
         let wanted = own_replicas(&state, NODE, ShardId(1), pool(1));
@@ -412,7 +413,7 @@ mod tests {
             state.apply(Command::ReplicaReady { replica });
         }
         state.apply(Command::FamilyFormed { family: before.family });
-        let replace = Command::ReplacePool { node: NODE, pool: pool(1) };
+        let replace = Command::ReplacePool { node: NODE, pool: pool(1), guarded: true };
         assert_eq!(state.apply(replace), Reply::GivenUp);
         boots(&mut state, NODE, 9, (1, 200));
         assert!(knows(&state, pool(9), (1, 200)));

@@ -326,7 +326,8 @@ impl System for Ballast {
         Some(Rc::new(move |host: &str| {
             let through = NodeId(rng.between(1, u64::from(this.0.sizes.nodes)) as u32);
             let (mode, by_force) = (LeaseMode::SingleNodeWriter, Some("it moves".to_owned()));
-            let ask = LeaseAsk { host: host.to_owned(), mode, read_only: false, by_force };
+            let (host, seen_revision) = (host.to_owned(), None);
+            let ask = LeaseAsk { host, mode, read_only: false, by_force, seen_revision };
             this.clone().lease(world.clone(), through, volume, ask).boxed_local()
         }))
     }

@@ -259,8 +259,8 @@ impl Scene {
     pub async fn replace_pool(&self, id: NodeId, shard: ShardId, pool: PoolId) {
         let other = self.nodes().into_iter().find(|other| self.is_ready(*other));
         let other = other.expect("a node that serves");
-        let asked = self.ask(other, move |node| async move { node.replace_pool(id, pool).await });
-        let member = match asked.await.expect("a lost pool is replaced") {
+        let asked = move |node: Node<_>| async move { node.replace_pool(id, pool, false).await };
+        let member = match self.ask(other, asked).await.expect("a lost pool is replaced") {
             Replacement::Member(member) => Some(member),
             Replacement::NoMember => None,
             Replacement::Serves => panic!("{pool} was replaced before"),

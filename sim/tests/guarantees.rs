@@ -94,6 +94,12 @@ fn a_cleaner_that_frees_a_live_block_is_found() {
     is_found("live-block-freed", "11");
 }
 
+/// A ghost write: a request whose copy on another connection was answered arrives after all.
+#[test]
+fn a_request_that_moves_unseen_between_connections_is_found() {
+    is_found("hidden-moves", "32");
+}
+
 /// With these faults only: among all others they meet too seldom.
 #[test]
 fn a_checkpoint_above_the_durable_watermark_is_found() {

@@ -8,7 +8,7 @@ use prost::Message;
 #[derive(Clone, PartialEq, Message)]
 pub struct FamilyCommandV1 {
     /// What is asked; an unknown command halts the replica, it is never skipped.
-    #[prost(oneof = "FamilyCommand", tags = "1, 2, 3, 4, 5, 6")]
+    #[prost(oneof = "FamilyCommand", tags = "1, 2, 3, 4, 5, 6, 7")]
     pub command: Option<FamilyCommand>,
 }
 
@@ -27,13 +27,17 @@ pub enum FamilyCommand {
     /// Takes over a revision of the volume's leases.
     #[prost(message, tag = "4")]
     SetLeases(SetLeasesV1),
-    /// Says what the volume holds.
+    /// Says what the volume holds. Of earlier programs: now [`FamilyCommand::SayContent`] does.
     #[prost(message, tag = "5")]
     SetContent(SetContentV1),
-    /// Says it under a lease. A command of its own: a replica of an older build, which knows no epoch
-    /// here, must halt rather than take what others refuse.
+    /// Says it under a lease. Of earlier programs, too.
     #[prost(message, tag = "6")]
     SetContentUnder(SetContentUnderV1),
+    /// Says it, under a lease or as an administrator (epoch 0), and who says that it is being formatted
+    /// is remembered. A command of its own: a replica of an older build, which remembers nobody, must
+    /// halt rather than take what others refuse.
+    #[prost(message, tag = "7")]
+    SayContent(SetContentUnderV1),
 }
 
 /// Makes an attachment a writer: under a lease in place of the one that its holder had before, and of
@@ -115,7 +119,8 @@ pub struct SetContentUnderV1 {
     /// What it holds.
     #[prost(message, optional, tag = "1")]
     pub content: Option<SetContentV1>,
-    /// The lease: one that is in force and lets its holder write, or nothing is changed.
+    /// The lease: one that is in force and lets its holder write, or nothing is changed. 0, for
+    /// [`FamilyCommand::SayContent`] only: an administrator says it.
     #[prost(uint64, tag = "2")]
     pub epoch: u64,
 }

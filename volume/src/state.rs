@@ -14,7 +14,7 @@ use crate::command::{
     AttachV1, FamilyCommand, FamilyCommandV1, FamilyReplyV1, SetContentUnderV1, SetContentV1,
     Writer, refusal,
 };
-use crate::content::{Content, ContentV1};
+use crate::content::{Content, ContentRecord, ContentV1, Speaker};
 use crate::leases::{LeaseTable, LeaseTableV1};
 use crate::machine::{Decision, DecodeStateError, Machine};
 use crate::writers::{WriterV1, Writers};
@@ -22,8 +22,9 @@ use crate::writers::{WriterV1, Writers};
 /// The branch of a volume that was never rolled back or cloned.
 pub const ROOT_BRANCH: BranchId = BranchId(1);
 
-/// 1: one writer, no leases, no content. 2: any number of writers, leases, content.
-const STATE_VERSION: u32 = 2;
+/// 1: one writer, no leases, no content. 2: any number of writers, leases, content. 3: who formats; a
+/// state without one is written as version 2.
+const STATE_VERSION: u32 = 3;
 
 #[derive(Clone, PartialEq, Message)]
 struct StateV1 {
@@ -65,7 +66,7 @@ pub struct FamilyState {
     generation: Generation,
     writers: Writers,
     leases: LeaseTable,
-    content: Content,
+    content: ContentRecord,
 }
 
 impl FamilyState {
@@ -78,7 +79,7 @@ impl FamilyState {
             generation: Generation(0),
             writers: Writers::default(),
             leases: LeaseTable::default(),
-            content: Content::default(),
+            content: ContentRecord::default(),
         }
     }
 
@@ -104,7 +105,7 @@ impl FamilyState {
 
     /// What the volume holds, and whether anything was ever written to it.
     pub fn content(&self) -> (&Content, bool) {
-        (&self.content, self.is_written())
+        (self.content.content(), self.is_written())
     }
 
     fn is_written(&self) -> bool {
@@ -146,24 +147,36 @@ impl FamilyState {
                 }
                 false
             }
-            FamilyCommand::SetContent(SetContentV1 { kind, fs_type }) => {
-                let written = self.is_written();
-                let asked = Content::from_kind(kind, &fs_type)?;
-                !self.content.become_content(asked, written)
-            }
+            FamilyCommand::SetContent(said) => !self.say(said, Speaker::Earlier(Epoch(0)))?,
             FamilyCommand::SetContentUnder(SetContentUnderV1 { content, epoch }) => {
-                let SetContentV1 { kind, fs_type } = content?;
-                let asked = Content::from_kind(kind, &fs_type)?;
-                let written = self.is_written();
-                // Said by a holder that was overtaken, it may be about what another one destroyed.
-                if epoch == 0 || !self.leases.lets_write(Epoch(epoch)) {
-                    why = refusal::NOT_LEASED;
-                }
-                why != 0 || !self.content.become_content(asked, written)
+                why = if epoch == 0 { refusal::NOT_LEASED } else { self.not_leased(epoch) };
+                let said = content?;
+                Content::from_kind(said.kind, &said.fs_type)?;
+                why != 0 || !self.say(said, Speaker::Earlier(Epoch(epoch)))?
+            }
+            FamilyCommand::SayContent(SetContentUnderV1 { content, epoch }) => {
+                why = self.not_leased(epoch);
+                let said = content?;
+                Content::from_kind(said.kind, &said.fs_type)?;
+                why != 0 || !self.say(said, Speaker::Known(Epoch(epoch)))?
             }
         };
         let writer = named.and_then(|named| self.writers.get(named)).or_else(|| self.writer());
         Some(FamilyReplyV1 { refused, why, ..self.reply(writer) })
+    }
+
+    /// Why a holder can't speak of the content; 0 when it can. Said by one that was overtaken, it may be
+    /// about what another one destroyed.
+    fn not_leased(&self, epoch: u64) -> u32 {
+        let may_speak = epoch == 0 || self.leases.lets_write(Epoch(epoch));
+        if may_speak { 0 } else { refusal::NOT_LEASED }
+    }
+
+    /// None for a kind of content that this program does not know.
+    fn say(&mut self, said: SetContentV1, by: Speaker) -> Option<bool> {
+        let asked = Content::from_kind(said.kind, &said.fs_type)?;
+        let written = self.is_written();
+        Some(self.content.say(asked, by, written))
     }
 
     fn reply(&self, writer: Option<Writer>) -> FamilyReplyV1 {
@@ -174,8 +187,8 @@ impl FamilyState {
             node: writer.map_or(0, |writer| writer.node.0),
             size: self.size,
             why: 0,
-            content: self.content.kind(),
-            fs_type: self.content.fs_type().to_owned(),
+            content: self.content.content().kind(),
+            fs_type: self.content.content().fs_type().to_owned(),
             ever_written: self.is_written(),
         }
     }
@@ -221,6 +234,7 @@ impl Machine for FamilyState {
         if let Err(rejection) = self.check(&command.origin, end_block) {
             return Decision::Nothing(ApplyReply::Rejected(rejection));
         }
+        self.content.note_write(command.origin.epoch);
         let sequence = self.next_sequence();
         match command.body {
             Body::Write { .. } => Decision::Write { branch: ROOT_BRANCH, sequence },
@@ -230,7 +244,7 @@ impl Machine for FamilyState {
 
     fn encode(&self) -> Bytes {
         let state = StateV1 {
-            version: STATE_VERSION,
+            version: if self.content.is_bound() { STATE_VERSION } else { 2 },
             sequence: self.sequence.0,
             size: self.size,
             generation: self.generation.0,
@@ -257,8 +271,8 @@ impl Machine for FamilyState {
             )));
         }
         let content = match &state.content {
-            None => Content::Blank,
-            Some(content) => Content::from_state(content)
+            None => ContentRecord::default(),
+            Some(content) => ContentRecord::from_state(content)
                 .ok_or_else(|| DecodeStateError("unknown content: upgrade this node".into()))?,
         };
         let only = state.writer.map(|writer| writer.of_generation(state.generation));
@@ -498,6 +512,56 @@ mod tests {
         assert_eq!(say(&mut state, 3, 3), (true, refusal::NOT_LEASED, 3), "it only reads");
     }
 
+    /// never-format-data: what another host wrote meanwhile is not formatted.
+    #[test]
+    fn a_write_under_another_lease_ends_formatting() {
+        let say = |state: &mut FamilyState, epoch, kind| {
+            let content = Some(SetContentV1 { kind, fs_type: "ext4".into() });
+            let reply =
+                control(state, FamilyCommand::SayContent(SetContentUnderV1 { content, epoch }));
+            (reply.refused, reply.why, reply.content)
+        };
+        let begun = || {
+            let mut state = fresh();
+            lease(&mut state, 1, &[(1, true, false)]);
+            assert_eq!(say(&mut state, 2, 2), (true, refusal::NOT_LEASED, 1));
+            assert_eq!(say(&mut state, 1, 2), (false, 0, 2));
+            assert_eq!(attach_under(&mut state, 7, 0, 1).generation, 1);
+            assert!(is_written(write_under(&mut state, (7, 1, 1), 1)));
+            lease(&mut state, 2, &[(2, true, false)]);
+            let mut again = fresh();
+            again.restore(&state.encode()).unwrap();
+            assert_eq!(again.encode(), state.encode());
+            again
+        };
+        let mut died = begun();
+        assert_eq!(write_under(&mut died, (7, 1, 1), 2), rejected(Rejection::StaleEpoch));
+        assert_eq!(say(&mut died, 2, 2), (false, 0, 2), "who began it is out");
+        assert_eq!(say(&mut died, 2, 3), (false, 0, 3));
+
+        let mut used = begun();
+        assert_eq!(attach_under(&mut used, 8, 1, 2).generation, 2);
+        assert!(is_written(write_under(&mut used, (8, 2, 2), 1)));
+        lease(&mut used, 3, &[(3, true, false)]);
+        assert_eq!(say(&mut used, 3, 2), (true, 0, 4), "it holds what host 2 wrote");
+        assert_eq!(say(&mut used, 0, 2), (true, 0, 4));
+    }
+
+    /// Held by files that were written once: a difference is a new version.
+    #[test]
+    fn states_of_each_version_stay_as_they_are() {
+        let hex = |bytes: &[u8]| bytes.iter().map(|it| format!("{it:02x}")).collect::<String>();
+        let mut state = fresh();
+        lease(&mut state, 1, &[(5, true, true), (6, false, true)]);
+        attach_under(&mut state, 7, 0, 5);
+        assert_eq!(include_str!("golden/state-v2.txt").trim(), hex(&state.encode()));
+        let content = Some(SetContentV1 { kind: 2, fs_type: "ext4".into() });
+        let said = SetContentUnderV1 { content, epoch: 5 };
+        control(&mut state, FamilyCommand::SayContent(said));
+        assert!(is_written(write_under(&mut state, (7, 1, 5), 1)));
+        assert_eq!(include_str!("golden/state-v3.txt").trim(), hex(&state.encode()));
+    }
+
     #[test]
     fn state_of_version_1_is_understood() {
         let mut state = fresh();
@@ -510,7 +574,7 @@ mod tests {
         let mut again = fresh();
         again.restore(&old.encode_to_vec()).unwrap();
         assert_eq!(again.encode(), state.encode());
-        old.version = 3;
+        old.version = 4;
         assert!(again.restore(&old.encode_to_vec()).is_err());
     }
 }

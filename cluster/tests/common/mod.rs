@@ -91,6 +91,7 @@ pub fn create_sized(name: &str, id: u8, replicas: u32, size_bytes: u64) -> Comma
         replicas,
         created_at_ms: CREATED_AT_MS,
         preferred: Vec::new(),
+        absent: Vec::new(),
     })
 }
 
@@ -111,7 +112,26 @@ pub fn acquire(id: u8, host: &str, mode: LeaseMode) -> AcquireLease {
         force: false,
         reason: String::new(),
         at_ms: CREATED_AT_MS,
+        unique_epoch: true,
+        seen_revision: None,
     }
+}
+
+/// The same, of leases at that revision only.
+pub fn seen(revision: u64, command: Command) -> Command {
+    let seen_revision = Some(revision);
+    match command {
+        Command::AcquireLease(it) => Command::AcquireLease(AcquireLease { seen_revision, ..it }),
+        Command::ReleaseLease { volume, host, epoch, .. } => {
+            Command::ReleaseLease { volume, host, epoch, seen_revision }
+        }
+        other => other,
+    }
+}
+
+/// As programs before reader version 6 asked for it.
+pub fn of_volume(lease: AcquireLease) -> AcquireLease {
+    AcquireLease { unique_epoch: false, ..lease }
 }
 
 pub fn forced(lease: AcquireLease, reason: &str) -> AcquireLease {
@@ -120,7 +140,8 @@ pub fn forced(lease: AcquireLease, reason: &str) -> AcquireLease {
 
 /// `epoch` 0 = whichever it has.
 pub fn release(id: u8, host: &str, epoch: u64) -> Command {
-    Command::ReleaseLease { volume: volume_id(id), host: host.to_owned(), epoch: Epoch(epoch) }
+    let (volume, host) = (volume_id(id), host.to_owned());
+    Command::ReleaseLease { volume, host, epoch: Epoch(epoch), seen_revision: None }
 }
 
 /// `nodes` nodes, each with one empty pool of 1 GiB.

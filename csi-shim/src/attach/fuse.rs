@@ -23,6 +23,9 @@ const START_TIME: Duration = Duration::from_secs(30);
 /// How long a link may take to end, or to learn a new size.
 const LINK_TIME: Duration = Duration::from_secs(15);
 
+/// After so long a link that has not grown is told once more: longer than it takes to find a server.
+const TELL_AGAIN: Duration = Duration::from_secs(3);
+
 /// Links and loop devices.
 #[derive(Debug)]
 pub struct FuseAttacher {
@@ -136,6 +139,10 @@ impl Attacher for FuseAttacher {
         })
     }
 
+    fn devices(&self, attachment: &Attachment) -> Result<Vec<PathBuf>, HostError> {
+        disks::loops_on(&self.file_of(attachment))
+    }
+
     fn attach(&self, attachment: &Attachment) -> Result<PathBuf, HostError> {
         match self.state(attachment)? {
             State::Attached(device) if self.answers(attachment, LINK_TIME) => return Ok(device),
@@ -158,10 +165,17 @@ impl Attacher for FuseAttacher {
         if disks::size(&device)? >= at_least {
             return disks::size(&device);
         }
-        for (pid, _) in self.links(attachment) {
-            kill(pid, Signal::SIGHUP).map_err(HostError::mount(&file, "refreshed"))?;
-        }
+        let mut told: Option<Instant> = None;
         let grown = poll(LINK_TIME, || {
+            // Again, since a server may not have heard of the growth when it was asked.
+            if told.is_none_or(|told| told.elapsed() > TELL_AGAIN) {
+                for (pid, _) in self.links(attachment) {
+                    // One that has ended is noticed by whoever uses the device.
+                    let _ = kill(pid, Signal::SIGHUP);
+                }
+                told = Some(Instant::now());
+                steps::reached(Step::LinkTold);
+            }
             let owned = file.clone();
             let look = move || std::fs::metadata(owned).map_or(0, |file| file.len());
             within("the file's size", LINK_TIME, look).ok().filter(|size| *size >= at_least)
@@ -170,6 +184,7 @@ impl Attacher for FuseAttacher {
             what: format!("the growth of {}", device.display()),
             after: LINK_TIME,
         })?;
+        steps::reached(Step::LinkGrown);
         disks::refresh_loop(&device)?;
         Ok(size)
     }

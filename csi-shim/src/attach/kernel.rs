@@ -1,9 +1,11 @@
 //! The kernel's NBD client, configured over netlink.
 //!
 //! The handshake is ours, the socket then the kernel's: it needs this process no more until the
-//! connection is lost. Then requests wait (`DEAD_CONNECTION`), and the watcher here gives the kernel a
+//! connection is lost. Then requests wait (`DEAD_CONNECTION_SECONDS`), and the watcher here gives the kernel a
 //! connection to another server (`watch`). What is attached is told by each device's `backend` in /sys.
 
+mod grow;
+mod kept;
 mod sockets;
 mod sysfs;
 mod watch;
@@ -16,10 +18,13 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
-use super::{Attacher, Attachment, State};
-use crate::context::Address;
+use super::{Attacher, Attachment, IsDeleted, State};
 use crate::host::netlink::{self, Family, attribute};
 use crate::host::{HostError, disks, files, poll, tools, within};
+use crate::limits::{
+    ANSWER_TIME, DEAD_CONNECTION_SECONDS, DEVICE_TIME, NOTICE_TIME, OPEN_TIME, REQUEST_SECONDS,
+};
+use kept::Kept;
 use sockets::{NotOpen, Opened};
 use sysfs::{backend, devices, path_of};
 
@@ -40,45 +45,27 @@ const BACKEND: u16 = 10;
 const SOCKET_ITEM: u16 = 1;
 const SOCKET_FD: u16 = 1;
 
-/// Seconds without a connection after which requests fail: longer than any repair that a pod should
-/// survive, short enough that a host which lost its cluster for good can be emptied.
-const DEAD_CONNECTION: u64 = 600;
-
-/// Seconds without an answer after which a connection counts as lost, and its requests are asked
-/// again elsewhere: longer than a volume takes to go on when a node is lost. Also what a request
-/// takes that was under way on a connection that is lost: only then does the kernel ask again.
-const REQUEST: u64 = 10;
-
-/// How long all servers together may take to open the export.
-const OPEN_TIME: Duration = Duration::from_secs(20);
-
-/// How long the kernel may take to take over, or let go of, a device.
-const DEVICE_TIME: Duration = Duration::from_secs(20);
-
-/// How long a block may take to be read from a server that is well.
-const ANSWER_TIME: Duration = Duration::from_secs(3);
-
-/// What the kernel takes to notice, on both of its sides, that a connection was hung up.
-const NOTICE_TIME: Duration = Duration::from_millis(100);
-
 const BLOCK: u64 = 4096;
 
 /// Devices of the kernel.
-#[derive(Debug)]
 pub struct KernelAttacher {
     shared: Arc<Shared>,
 }
 
-#[derive(Debug)]
 struct Shared {
     /// Where the addresses of attachments lie, for a watcher of a later life.
     folder: PathBuf,
-    /// The sockets that this life of the process gave to the kernel, by device, to hang up with. Held
-    /// through every change: two changes at a time would tear each other's connections.
-    sockets: Mutex<BTreeMap<u32, Vec<TcpStream>>>,
+    /// The devices that this life of the process has touched.
+    held: Mutex<BTreeMap<u32, Arc<Mutex<Streams>>>>,
     /// Connections that a device is to have.
     connections: u16,
+    is_deleted: IsDeleted,
 }
+
+/// The sockets that this life of the process gave to the kernel for a device, to hang up with: none,
+/// when an earlier life did. Held through every change of the device: two changes at a time would tear
+/// each other's connections.
+type Streams = Vec<TcpStream>;
 
 /// Whether this kernel has the client.
 pub fn is_there() -> bool {
@@ -91,7 +78,11 @@ impl KernelAttacher {
     ///
     /// # Errors
     /// When the kernel has no NBD client.
-    pub fn new(folder: &Path, connections: u16) -> Result<KernelAttacher, HostError> {
+    pub fn new(
+        folder: &Path,
+        connections: u16,
+        is_deleted: IsDeleted,
+    ) -> Result<KernelAttacher, HostError> {
         let folder = folder.join("attach");
         files::make_folder(&folder)?;
         let none = |error: Errno| {
@@ -101,7 +92,8 @@ impl KernelAttacher {
         };
         let notices =
             Family::open(FAMILY).and_then(|family| family.listen(NOTICES)).map_err(none)?;
-        let shared = Arc::new(Shared { folder, sockets: Mutex::default(), connections });
+        let held = Mutex::default();
+        let shared = Arc::new(Shared { folder, held, connections, is_deleted });
         let watcher = Arc::clone(&shared);
         std::thread::spawn(move || watch::watch(&watcher, &notices));
         Ok(KernelAttacher { shared })
@@ -137,8 +129,8 @@ impl Shared {
         let request = [
             number(SIZE_BYTES, opened.size()),
             number(BLOCK_SIZE_BYTES, BLOCK),
-            number(TIMEOUT, REQUEST),
-            number(DEAD_CONNECTION_TIMEOUT, DEAD_CONNECTION),
+            number(TIMEOUT, REQUEST_SECONDS),
+            number(DEAD_CONNECTION_TIMEOUT, DEAD_CONNECTION_SECONDS),
             number(SERVER_FLAGS, u64::from(opened.flags())),
             attribute(BACKEND, backend.as_bytes()),
             opened.attributes(),
@@ -149,50 +141,38 @@ impl Shared {
         let index = netlink::find(&answer, INDEX).and_then(|index| index.try_into().ok());
         let index = index.map(u32::from_le_bytes);
         let index = index.ok_or_else(|| refused("name its device")(Errno::EPROTO))?;
-        self.keep(&mut self.sockets(), index, attachment, opened)?;
+        self.keep(&mut locked(&self.device(index)), attachment, opened)?;
         Ok(index)
     }
 
-    fn sockets(&self) -> MutexGuard<'_, BTreeMap<u32, Vec<TcpStream>>> {
-        self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
+    fn device(&self, index: u32) -> Arc<Mutex<Streams>> {
+        Arc::clone(locked(&self.held).entry(index).or_default())
     }
 
     /// Keeps what a later change, in this life or the next, hangs up with.
     fn keep(
         &self,
-        sockets: &mut BTreeMap<u32, Vec<TcpStream>>,
-        index: u32,
+        streams: &mut Streams,
         attachment: &Attachment,
         opened: Opened,
     ) -> Result<(), HostError> {
+        let server = opened.server().cloned();
         let unknown = |error: std::io::Error| HostError::Unexpected(error.to_string());
-        let streams = opened.into_streams().map_err(unknown)?;
+        *streams = opened.into_streams().map_err(unknown)?;
         let locals: Result<Vec<_>, _> = streams.iter().map(TcpStream::local_addr).collect();
-        let locals: Vec<String> =
-            locals.map_err(unknown)?.iter().map(ToString::to_string).collect();
-        sockets.insert(index, streams);
-        let addresses: Vec<&str> = attachment.addresses.iter().map(Address::as_str).collect();
-        let text = format!("{}\n{}\n", addresses.join(","), locals.join(","));
-        files::write_atomically(&self.folder.join(&attachment.volume_id), text.as_bytes())
-    }
-
-    /// Servers of a volume, and the near ends of its connections.
-    fn kept(&self, volume_id: &str) -> (Vec<Address>, Vec<String>) {
-        let text = std::fs::read_to_string(self.folder.join(volume_id)).unwrap_or_default();
-        let mut lines = text.lines();
-        let addresses = crate::context::parse_addresses(lines.next().unwrap_or_default());
-        let locals = lines.next().unwrap_or_default().split(',').filter(|local| !local.is_empty());
-        (addresses.unwrap_or_default(), locals.map(str::to_owned).collect())
+        let locals = locals.map_err(unknown)?.iter().map(ToString::to_string).collect();
+        let kept = Kept { addresses: attachment.addresses.clone(), locals, server };
+        kept.write(&self.folder, &attachment.volume_id)
     }
 
     /// Ends a device's connections from this side: the kernel then asks on the next ones what had no
     /// answer.
-    fn hang_up(&self, sockets: &mut BTreeMap<u32, Vec<TcpStream>>, index: u32, volume_id: &str) {
-        if let Some(streams) = sockets.remove(&index) {
-            sockets::hang_up(&streams);
+    fn hang_up(&self, streams: &mut Streams, index: u32, volume_id: &str) {
+        if !streams.is_empty() {
+            sockets::hang_up(&std::mem::take(streams));
             return;
         }
-        for local in self.kept(volume_id).1 {
+        for local in Kept::read(&self.folder, volume_id).locals {
             let ended = tools::must("ss", &["--kill", "--tcp", "src", &local], DEVICE_TIME);
             if let Err(error) = ended {
                 tracing::warn!(%error, index, "a connection of a former life can't be ended");
@@ -201,25 +181,19 @@ impl Shared {
     }
 
     /// Gives the kernel new connections in the place of those that it had, and with them the size
-    /// that the volume has now. Where there will never be one, because the lease has ended, the
-    /// device is given up: its users hear of it at once, and not when the kernel's patience ends.
+    /// that the volume has now. Where there will never be one, because the lease has ended or the
+    /// volume is deleted, the device is given up: its users hear of it at once, and not when the
+    /// kernel's patience ends.
     fn reconnect(
         &self,
-        sockets: &mut BTreeMap<u32, Vec<TcpStream>>,
+        streams: &mut Streams,
         index: u32,
         attachment: &Attachment,
         connections: u16,
         time: Duration,
     ) -> Result<(), HostError> {
-        self.hang_up(sockets, index, &attachment.volume_id);
-        let backend = format!("{}\0", backend(attachment));
-        let device =
-            [attribute(INDEX, &index.to_le_bytes()), attribute(BACKEND, backend.as_bytes())]
-                .concat();
-        let reconfigure = |what: Vec<u8>| {
-            let request = [device.clone(), what].concat();
-            Family::open(FAMILY).and_then(|mut family| family.ask(RECONFIGURE, &request))
-        };
+        self.hang_up(streams, index, &attachment.volume_id);
+        let mut may_be_deleted = true;
         // First the sockets: a new size waits for requests under way, and they for a connection. The
         // kernel takes a socket only in the place of one that it knows to be lost, says yes either
         // way, and may end the new one when it notices the loss a second time: what counts is that
@@ -228,10 +202,14 @@ impl Shared {
             std::thread::sleep(NOTICE_TIME);
             let opened = match sockets::open(attachment, connections, Duration::ZERO) {
                 Ok(opened) => opened,
-                Err(NotOpen::LeaseOver(error)) => return Some(Err(error)),
-                Err(NotOpen::Yet(_)) => return None,
+                Err(over @ NotOpen::LeaseOver(_)) => return Some(Err(over.into())),
+                Err(NotOpen::NoVolume(error)) if std::mem::take(&mut may_be_deleted) => {
+                    let deleted = (self.is_deleted)(&attachment.volume_id);
+                    return deleted.then(|| Err(HostError::VolumeDeleted(error.to_string())));
+                }
+                Err(NotOpen::NoVolume(_) | NotOpen::Yet(_)) => return None,
             };
-            if reconfigure(opened.attributes()).is_ok()
+            if reconfigure(index, attachment, opened.attributes()).is_ok()
                 && can_be_read(&path_of(index), 0, ANSWER_TIME)
             {
                 return Some(Ok(opened));
@@ -242,18 +220,29 @@ impl Shared {
         let opened = match connected {
             Some(Ok(opened)) => opened,
             Some(Err(error)) => {
-                tracing::error!(index, %error, "the lease is over: every request fails from now on");
+                tracing::error!(index, %error, "given up: every request fails from now on");
                 disconnect(index)?;
-                return Err(NotOpen::LeaseOver(error).into());
+                return Err(error);
             }
             None => {
                 let what = format!("the new connection of {}", path_of(index).display());
                 return Err(HostError::Slow { what, after: time });
             }
         };
-        reconfigure(number(SIZE_BYTES, opened.size())).map_err(refused("take a new size"))?;
-        self.keep(sockets, index, attachment, opened)
+        let size = number(SIZE_BYTES, opened.size());
+        reconfigure(index, attachment, size).map_err(refused("take a new size"))?;
+        self.keep(streams, attachment, opened)
     }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn reconfigure(index: u32, attachment: &Attachment, what: Vec<u8>) -> Result<Vec<u8>, Errno> {
+    let backend = format!("{}\0", backend(attachment));
+    let device = [attribute(INDEX, &index.to_le_bytes()), attribute(BACKEND, backend.as_bytes())];
+    Family::open(FAMILY)?.ask(RECONFIGURE, &[device.concat(), what].concat())
 }
 
 fn can_be_read(device: &Path, offset: u64, time: Duration) -> bool {
@@ -277,6 +266,12 @@ impl Attacher for KernelAttacher {
         })
     }
 
+    fn devices(&self, attachment: &Attachment) -> Result<Vec<PathBuf>, HostError> {
+        let of_volume = format!("ballast/{}/", attachment.volume_id);
+        let found = devices().into_iter().filter(|(_, backend)| backend.starts_with(&of_volume));
+        Ok(found.map(|(index, _)| path_of(index)).collect())
+    }
+
     fn attach(&self, attachment: &Attachment) -> Result<PathBuf, HostError> {
         match self.state(attachment)? {
             State::Attached(device) if can_be_read(&device, 0, DEVICE_TIME) => return Ok(device),
@@ -297,16 +292,7 @@ impl Attacher for KernelAttacher {
         let device = devices().into_iter().find(|(_, backend)| *backend == of_device);
         let missing = || HostError::Unexpected(format!("{} is not attached", attachment.export));
         let (index, _) = device.ok_or_else(missing)?;
-        if disks::size(&path_of(index))? < at_least {
-            let connections = if attachment.read_only { sysfs::queues(index) } else { 1 };
-            let mut sockets = self.shared.sockets();
-            self.shared.reconnect(&mut sockets, index, attachment, connections, DEVICE_TIME)?;
-        }
-        let grown = || disks::size(&path_of(index)).ok().filter(|size| *size >= at_least);
-        poll(DEVICE_TIME, grown).ok_or_else(|| HostError::Slow {
-            what: format!("the growth of {}", path_of(index).display()),
-            after: DEVICE_TIME,
-        })
+        self.shared.grow(index, attachment, at_least)
     }
 
     fn answers(&self, attachment: &Attachment, time: Duration) -> bool {

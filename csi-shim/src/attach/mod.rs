@@ -48,6 +48,12 @@ pub trait Attacher: Send + Sync {
     /// When the host can't tell.
     fn state(&self, attachment: &Attachment) -> Result<State, HostError>;
 
+    /// The devices that are there of the volume: of any lease, in order or not.
+    ///
+    /// # Errors
+    /// When the host can't tell.
+    fn devices(&self, attachment: &Attachment) -> Result<Vec<PathBuf>, HostError>;
+
     /// Finds or makes the device. What is broken is removed first.
     ///
     /// # Errors
@@ -76,6 +82,10 @@ pub trait Attacher: Send + Sync {
     fn detach(&self, attachment: &Attachment) -> Result<(), HostError>;
 }
 
+/// Whether the cluster says that the volume of this id is deleted; `false` when it can't tell. A server
+/// that does not know a volume is no proof: it may have started a moment ago.
+pub type IsDeleted = Box<dyn Fn(&str) -> bool + Send + Sync>;
+
 /// The attacher that the command line asks for; how many connections the kernel has per device.
 ///
 /// # Errors
@@ -85,8 +95,9 @@ pub fn choose(
     connections: u16,
     folder: &Path,
     program: &Path,
+    is_deleted: IsDeleted,
 ) -> Result<Box<dyn Attacher>, HostError> {
-    let kernel = || kernel::KernelAttacher::new(folder, connections);
+    let kernel = || kernel::KernelAttacher::new(folder, connections, is_deleted);
     match nbd {
         Nbd::Kernel => Ok(Box::new(kernel()?)),
         Nbd::Auto if kernel::is_there() => Ok(Box::new(kernel()?)),

@@ -7,10 +7,12 @@ use crate::cluster::Asking;
 use crate::error::{Refusal, required};
 use crate::modes;
 use crate::size::{Wanted, to_wire};
+use crate::steps::{self, Step};
 use crate::v1::{ControllerExpandVolumeRequest, ControllerExpandVolumeResponse};
 
 impl ControllerService {
-    /// Grows a volume; one that is large enough stays as it is. The host must be told in any case:
+    /// Grows a volume, and answers when its replicas take writes up to there; one that is large
+    /// enough stays as it is. The host must be told in any case:
     /// an attachment keeps the size that it began with until its node refreshes it.
     pub(super) async fn expand(
         &self,
@@ -34,14 +36,15 @@ impl ControllerService {
         }
         let enough = wanted.required.is_none_or(|required| required <= volume.size_bytes);
         let size_bytes = if enough { volume.size_bytes } else { wanted.size()? };
-        if !enough {
-            let request = api::ResizeVolumeRequest { volume: id.to_owned(), size_bytes };
-            let resize = |client: Client| {
-                let request = request.clone();
-                async move { client.resize_volume(request).await }
-            };
-            asking.ask(resize).await?;
-        }
+        // Asked also for what it has: an earlier call may have ended when that was decided and not in
+        // force yet, and a host that grows to it then would write where writes are refused.
+        let request = api::ResizeVolumeRequest { volume: id.to_owned(), size_bytes };
+        let resize = |client: Client| {
+            let request = request.clone();
+            async move { client.resize_volume(request).await }
+        };
+        asking.ask(resize).await?;
+        steps::reached(Step::VolumeGrown);
         Ok(ControllerExpandVolumeResponse {
             capacity_bytes: to_wire(size_bytes),
             node_expansion_required: true,

@@ -2,10 +2,15 @@
 //!
 //! A lease is granted when the volume's replicas fence by it: from then on a holder that lost it can
 //! write nothing more. What the node needs to attach goes into the publish context.
+//!
+//! A daemon goes on with a request for seconds after its caller has gone, and the caller asks another
+//! one. So each request names what it goes by (the revision of the volume's leases, the epoch that is
+//! given back), and what is overtaken does nothing however late it comes.
 
 use std::collections::BTreeMap;
 
 use ballast_api::{Client, v1 as api};
+use tonic::Code;
 
 use super::{ControllerService, Hosts};
 use crate::cluster::Asking;
@@ -29,7 +34,6 @@ impl ControllerService {
         let host = required("node_id", &request.node_id)?;
         let wanted = modes::parse(request.volume_capability.as_ref())?;
         let _held = self.locks.hold(id)?;
-        let (_, replicas) = asking.volume(id).await?;
         let list =
             |client: Client| async move { client.list_nodes(api::ListNodesRequest {}).await };
         let nodes = asking.ask(list).await?.nodes;
@@ -41,12 +45,9 @@ impl ControllerService {
             read_only: wanted.read_only || request.readonly,
             force: false,
             reason: String::new(),
+            seen_lease_revision: None,
         };
-        let take = |client: Client| {
-            let acquire = acquire.clone();
-            async move { client.acquire_lease(acquire).await }
-        };
-        let answer = asking.ask(take).await?;
+        let (answer, replicas) = take_lease(asking, acquire).await?;
         steps::reached(Step::LeaseTaken);
         let lease = answer.lease.ok_or(Refusal::AnswerIncomplete("lease"))?;
         let volume = answer.volume.ok_or(Refusal::AnswerIncomplete("volume"))?;
@@ -76,26 +77,63 @@ impl ControllerService {
     ) -> Result<ControllerUnpublishVolumeResponse, Refusal> {
         let id = required("volume_id", &request.volume_id)?;
         let _held = self.locks.hold(id)?;
-        let volume = match asking.volume(id).await {
-            // What is gone is published nowhere.
-            Err(Refusal::VolumeUnknown(_)) => return Ok(ControllerUnpublishVolumeResponse {}),
-            found => found?.0,
-        };
-        let hosts: Vec<String> = match request.node_id.as_str() {
-            "" => volume.leases.into_iter().map(|lease| lease.host).collect(),
-            host => vec![host.to_owned()],
-        };
-        for host in hosts {
-            let request = api::ReleaseLeaseRequest { volume: id.to_owned(), host, epoch: 0 };
-            let release = |client: Client| {
-                let request = request.clone();
-                async move { client.release_lease(request).await }
+        loop {
+            let volume = match asking.volume(id).await {
+                // What is gone is published nowhere.
+                Err(Refusal::VolumeUnknown(_)) => break,
+                found => found?.0,
             };
-            asking.ask(release).await?;
+            let Some(release) = release(volume, &request.node_id) else { break };
+            let give_back = |client: Client| {
+                let release = release.clone();
+                async move { client.release_lease(release).await }
+            };
+            match asking.ask(give_back).await {
+                Err(refusal) if refusal.code() == Code::Aborted && asking.pause().await => {}
+                answer => {
+                    answer?;
+                    if !request.node_id.is_empty() {
+                        break;
+                    }
+                }
+            }
         }
         steps::reached(Step::LeaseReleased);
         Ok(ControllerUnpublishVolumeResponse {})
     }
+}
+
+/// Takes a lease, and answers with the volume's replicas, too.
+async fn take_lease(
+    asking: &Asking,
+    mut acquire: api::AcquireLeaseRequest,
+) -> Result<(api::AcquireLeaseResponse, Vec<api::Replica>), Refusal> {
+    loop {
+        let (volume, replicas) = asking.volume(&acquire.volume).await?;
+        acquire.seen_lease_revision = volume.lease_revision;
+        let take = |client: Client| {
+            let acquire = acquire.clone();
+            async move { client.acquire_lease(acquire).await }
+        };
+        match asking.ask(take).await {
+            Err(refusal) if refusal.code() == Code::Aborted && asking.pause().await => {}
+            answer => return Ok((answer?, replicas)),
+        }
+    }
+}
+
+/// What gives a host's lease back, or one of those that there are if no host is named; nothing when
+/// there are none then. With a host it is asked without a lease, too: a request for one may be on its
+/// way, and is refused after this.
+fn release(volume: api::Volume, host: &str) -> Option<api::ReleaseLeaseRequest> {
+    let lease = volume.leases.iter().find(|lease| host.is_empty() || lease.host == host);
+    let epoch = lease.map_or(0, |lease| lease.epoch);
+    let host = match host {
+        "" => lease?.host.clone(),
+        host => host.to_owned(),
+    };
+    let seen_lease_revision = volume.lease_revision;
+    Some(api::ReleaseLeaseRequest { volume: volume.id, host, epoch, seen_lease_revision })
 }
 
 /// Where the volume is served, the best first: on the host itself, by its leader, by its other

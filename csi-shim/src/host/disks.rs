@@ -88,12 +88,28 @@ pub fn size(path: &Path) -> Result<u64, HostError> {
 
 /// Whether a block of a device or file can be read from where it really is.
 pub fn read_past_caches(path: &Path, offset: u64) -> bool {
+    read_directly(path, offset).is_ok()
+}
+
+/// A block of a device or file, from where it really is.
+///
+/// # Errors
+/// When it can't be read in time.
+pub fn read_block(path: &Path, offset: u64, time: Duration) -> Result<[u8; 4096], HostError> {
+    let owned = path.to_owned();
+    let what = format!("reading {}", path.display());
+    within(&what, time, move || read_directly(&owned, offset))?
+        .map_err(HostError::file(path, "read"))
+}
+
+fn read_directly(path: &Path, offset: u64) -> std::io::Result<[u8; 4096]> {
     use std::os::unix::fs::{FileExt, OpenOptionsExt};
     let direct = nix::fcntl::OFlag::O_DIRECT.bits();
-    let file = File::options().read(true).custom_flags(direct).open(path);
+    let file = File::options().read(true).custom_flags(direct).open(path)?;
     // Direct reads of devices want memory that begins at a block.
     let mut block = AlignedBlock([0; 4096]);
-    file.and_then(|file| file.read_exact_at(&mut block.0, offset)).is_ok()
+    file.read_exact_at(&mut block.0, offset)?;
+    Ok(block.0)
 }
 
 #[repr(align(4096))]

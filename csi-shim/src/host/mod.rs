@@ -7,6 +7,7 @@ pub mod disks;
 pub mod files;
 pub mod mounts;
 pub mod netlink;
+pub mod release;
 pub mod tools;
 
 use std::path::{Path, PathBuf};
@@ -70,6 +71,9 @@ pub enum HostError {
     /// No server opens the export, now or later: its lease is over.
     #[error("{0}: publish the volume again")]
     LeaseOver(String),
+    /// No server opens the export, now or later: there is no such volume any more.
+    #[error("{0}; the cluster says that the volume is deleted: unpublish it")]
+    VolumeDeleted(String),
     /// What the kernel says can't be understood.
     #[error("{0}")]
     Unexpected(String),

@@ -47,7 +47,27 @@ pub fn all() -> Result<Vec<Mount>, HostError> {
     Ok(text.lines().filter_map(parse).collect())
 }
 
-/// What is mounted at a path, on top.
+/// A path as the table has it: without links, whatever of it is there. Its last part is not asked,
+/// since what is mounted there may wait for a server.
+pub fn resolve(path: &Path) -> PathBuf {
+    resolve_links(path, LINKS_MAX)
+}
+
+/// As many as the kernel follows.
+const LINKS_MAX: u32 = 40;
+
+fn resolve_links(path: &Path, links: u32) -> PathBuf {
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return path.to_owned();
+    };
+    let parent = parent.canonicalize().unwrap_or_else(|_| resolve_links(parent, links));
+    match parent.join(name).read_link() {
+        Ok(to) if links > 0 => resolve_links(&parent.join(to), links - 1),
+        _ => parent.join(name),
+    }
+}
+
+/// What is mounted at a path ([`resolve`]), on top.
 ///
 /// # Errors
 /// As [`all`].
@@ -156,14 +176,24 @@ pub fn remount_read_only(target: &Path) -> Result<(), HostError> {
 /// Unmounts everything at a path; nothing there is no error. Waits so long for what must be written.
 ///
 /// # Errors
-/// When it is in use, or not done in time: the kernel goes on, and a repeated call sees the outcome.
+/// When it is in use, or not done in time: then the kernel goes on, with nothing in the table any
+/// more (see `release`).
 pub fn unmount(target: &Path, time: Duration) -> Result<(), HostError> {
-    while at(target)?.is_some() {
-        let path = target.to_owned();
-        let what = format!("the unmount of {}", target.display());
-        match within(&what, time, move || umount2(&path, MntFlags::UMOUNT_NOFOLLOW))? {
-            // Somebody else did it, or it is no mount of ours.
-            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+    let path = target.to_owned();
+    let what = format!("the unmount of {}", target.display());
+    within(&what, time, move || unmount_to_the_end(&path))?
+}
+
+/// Unmounts everything at a path, and returns when all is written, or never.
+///
+/// # Errors
+/// When it is in use.
+pub fn unmount_to_the_end(target: &Path) -> Result<(), HostError> {
+    while let Some(before) = at(target)? {
+        match umount2(target, MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) => {}
+            // Somebody else did it.
+            Err(Errno::EINVAL | Errno::ENOENT) if at(target)?.as_ref() != Some(&before) => {}
             Err(error) => return Err(HostError::mount(target, "unmounted")(error)),
         }
     }
@@ -205,5 +235,27 @@ mod tests {
         assert_eq!(unescape("a\\134b\\9"), "a\\b\\9");
         assert!(at(Path::new("/")).unwrap().is_some());
         assert_eq!(at(Path::new("/no such mount")).unwrap(), None);
+    }
+
+    #[test]
+    fn paths_lose_their_links_as_far_as_they_are_there() {
+        use std::os::unix::fs::symlink;
+        let folder = std::env::temp_dir().join(format!("ballast-links-{}", std::process::id()));
+        fs::create_dir_all(folder.join("real/place")).unwrap();
+        let folder = folder.canonicalize().unwrap();
+        symlink("real", folder.join("link")).unwrap();
+        symlink("../link/place", folder.join("real/last")).unwrap();
+        symlink("around", folder.join("around")).unwrap();
+        let place = folder.join("real/place");
+        for path in ["real/place", "link/place", "link/last", "./link//place", "link/../link/last"]
+        {
+            assert_eq!(resolve(&folder.join(path)), place, "{path}");
+        }
+        let missing = folder.join("real/a/b");
+        assert_eq!(resolve(&folder.join("link/a/b")), missing);
+        // The kernel gives up, too.
+        assert_eq!(resolve(&folder.join("around")), folder.join("around"));
+        assert_eq!(resolve(Path::new("/")), Path::new("/"));
+        fs::remove_dir_all(folder).unwrap();
     }
 }

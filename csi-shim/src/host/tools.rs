@@ -4,11 +4,17 @@
 //! beside the one that a repeated call starts.
 
 use std::io::Read;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::{HostError, poll};
 use crate::steps;
+
+/// How long a killed program may take to end.
+const KILL_TIME: Duration = Duration::from_secs(2);
+
+/// The most that is kept of what a program says; the rest is read and forgotten.
+const OUTPUT_MAX: u64 = 64 * 1024;
 
 /// What a program said and how it ended.
 #[derive(Debug)]
@@ -37,25 +43,32 @@ pub fn run(program: &str, arguments: &[&str], time: Duration) -> Result<Ended, H
         .stderr(Stdio::piped())
         .spawn()
         .map_err(missing)?;
-    steps::reached_start_of(program);
+    steps::reached_start_of(program, arguments);
     let output = child.stdout.take().map(read_all);
     let errors = child.stderr.take().map(read_all);
-    let ended = poll(time, || child.try_wait().ok().flatten());
-    if ended.is_none() {
-        // It may end by itself between the look and the kill.
-        let _ = child.kill();
-        let _ = child.wait();
-    }
+    let Some(status) = poll(time, || child.try_wait().ok().flatten()) else {
+        end(program, child);
+        return Err(HostError::Slow { what: program.to_owned(), after: time });
+    };
     let text = |reader: Option<std::thread::JoinHandle<String>>| {
         reader.and_then(|reader| reader.join().ok()).unwrap_or_default()
     };
     let (output, errors) = (text(output), text(errors));
-    let Some(status) = ended else {
-        return Err(HostError::Slow { what: program.to_owned(), after: time });
-    };
     let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
     tracing::debug!(program, code, ms = start.elapsed().as_millis(), "ran");
     Ok(Ended { code, output, errors })
+}
+
+/// Kills a program, and waits for its end no longer than most take. One that waits for a server in
+/// the kernel dies when that lets go; until then it holds its device, which a repeated call sees.
+fn end(program: &str, mut child: Child) {
+    // It may have ended by itself.
+    let _ = child.kill();
+    if poll(KILL_TIME, || child.try_wait().ok().flatten()).is_none() {
+        tracing::warn!(program, pid = child.id(), "killed, and held by the kernel still");
+        // Somebody must see its end.
+        std::thread::spawn(move || child.wait());
+    }
 }
 
 /// Runs a program that must succeed and returns what it printed.
@@ -84,7 +97,8 @@ fn read_all(mut pipe: impl Read + Send + 'static) -> std::thread::JoinHandle<Str
     std::thread::spawn(move || {
         let mut bytes = Vec::new();
         // What was read until an error is what there is.
-        let _ = pipe.read_to_end(&mut bytes);
+        let _ = pipe.by_ref().take(OUTPUT_MAX).read_to_end(&mut bytes);
+        let _ = std::io::copy(&mut pipe, &mut std::io::sink());
         String::from_utf8_lossy(&bytes).into_owned()
     })
 }
@@ -101,5 +115,18 @@ mod tests {
         assert!(error.contains("exit code 3") && error.contains("why"), "{error}");
         let slow = run("sleep", &["60"], Duration::from_millis(50)).unwrap_err();
         assert!(matches!(slow, HostError::Slow { .. }));
+        let much = must("head", &["--bytes=1000000", "/dev/zero"], second).unwrap();
+        assert_eq!(much.len() as u64, OUTPUT_MAX);
+    }
+
+    /// As a program does whose last request waits for a server in the kernel.
+    #[test]
+    fn what_holds_on_after_the_kill_is_not_waited_for() {
+        let start = Instant::now();
+        // The child of the killed one keeps its pipes, and ends of its own.
+        let holds = ["-c", "sleep 20 & wait"];
+        let slow = run("sh", &holds, Duration::from_millis(500)).unwrap_err();
+        assert!(matches!(slow, HostError::Slow { .. }));
+        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
     }
 }

@@ -29,7 +29,7 @@ use tokio::time::Instant;
 
 use crate::context::Address;
 use fuse::Operation;
-use nbd::{Command, ConnectError};
+use nbd::{Command, ConnectError, Meaning};
 use upstream::{Event, Upstream};
 
 /// The word on the command line that makes a link of this program.
@@ -110,7 +110,9 @@ impl LinkError {
     /// For the exit of the process.
     pub fn exit_code(&self) -> u8 {
         match self {
-            LinkError::Connect(ConnectError::Refused { for_good: true, .. }) => LEASE_OVER_EXIT,
+            LinkError::Connect(ConnectError::Refused { meaning: Meaning::LeaseOver, .. }) => {
+                LEASE_OVER_EXIT
+            }
             _ => 1,
         }
     }

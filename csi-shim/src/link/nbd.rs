@@ -24,6 +24,7 @@ const REPLY_ACK: u32 = 1;
 const REPLY_INFO: u32 = 3;
 const REPLY_ERROR: u32 = 1 << 31;
 const ERROR_POLICY: u32 = REPLY_ERROR + 2;
+const ERROR_UNKNOWN: u32 = REPLY_ERROR + 6;
 /// In the words of a server that is asked for an export under a lease that has ended.
 const LEASE_OVER: &str = "is not in force";
 const INFO_EXPORT: u16 = 0;
@@ -64,9 +65,20 @@ pub enum ConnectError {
         export: String,
         /// Why, in the server's words.
         message: String,
-        /// Whether the same question will have the same answer for ever.
-        for_good: bool,
+        /// What that means.
+        meaning: Meaning,
     },
+}
+
+/// What a refusal means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Meaning {
+    /// The lease is over: the same question will have the same answer for ever.
+    LeaseOver,
+    /// The server knows no volume of this name. It may be one that has just started.
+    NoVolume,
+    /// Not now, or not here.
+    NotNow,
 }
 
 /// An open export.
@@ -135,13 +147,21 @@ async fn handshake(address: &Address, export: &str) -> Result<Export, ConnectErr
             }
             (kind, _) if kind & REPLY_ERROR != 0 => {
                 let message = String::from_utf8_lossy(&data).into_owned();
-                // NBD has one number for all reasons of policy; epochs only grow, so this one stays.
-                let for_good = kind == ERROR_POLICY && message.contains(LEASE_OVER);
+                let meaning = meaning(kind, &message);
                 let (address, export) = (address.clone(), export.to_owned());
-                return Err(ConnectError::Refused { address, export, message, for_good });
+                return Err(ConnectError::Refused { address, export, message, meaning });
             }
             _ => return Err(wrong("it answers GO with something else")),
         }
+    }
+}
+
+fn meaning(kind: u32, message: &str) -> Meaning {
+    match kind {
+        ERROR_UNKNOWN => Meaning::NoVolume,
+        // NBD has one number for all reasons of policy; epochs only grow, so this one stays.
+        ERROR_POLICY if message.contains(LEASE_OVER) => Meaning::LeaseOver,
+        _ => Meaning::NotNow,
     }
 }
 

@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::nbd::{self, ConnectError, Export, REPLY_BYTES};
+use super::nbd::{self, ConnectError, Export, Meaning, REPLY_BYTES};
 use crate::context::Address;
 
 /// Between two rounds over all servers.
@@ -86,7 +86,9 @@ impl Upstream {
                         self.open(export);
                         return Ok(size);
                     }
-                    Err(error @ ConnectError::Refused { for_good: true, .. }) => return Err(error),
+                    Err(error @ ConnectError::Refused { meaning: Meaning::LeaseOver, .. }) => {
+                        return Err(error);
+                    }
                     Err(error) if start.elapsed() > FIRST_TIME => return Err(error),
                     Err(error) => tracing::warn!(%error, "trying the next server"),
                 }
@@ -185,7 +187,7 @@ async fn find(
         for address in &addresses {
             let event = match nbd::connect(address, &export).await {
                 Ok(export) => FromTask::Opened(export),
-                Err(error @ ConnectError::Refused { for_good: true, .. }) => {
+                Err(error @ ConnectError::Refused { meaning: Meaning::LeaseOver, .. }) => {
                     FromTask::Refused(error.to_string())
                 }
                 Err(error) => {

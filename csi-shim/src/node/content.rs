@@ -11,6 +11,7 @@ use std::time::Duration;
 use ballast_api::{Client, v1 as api};
 use tokio::runtime::Handle;
 
+use super::journal;
 use super::record::Record;
 use crate::cluster::Asking;
 use crate::error::Refusal;
@@ -50,16 +51,42 @@ pub fn ensure(asking: &Asking, record: &Record, device: &Path) -> Result<(), Ref
                 &format!("it holds {found}, and {} is wanted", record.fs_type),
             ));
         }
-        None => {
-            return Err(unusable(
-                record,
-                "it was written to, and no file system is found on it: it is not formatted, \
-                 since that would destroy what may be there; look at it with blkid and the file \
-                 system's own tools, or delete the volume",
-            ));
-        }
+        None => return Err(unusable(record, why_nothing(asking, record)?)),
     }
-    if record.fs_type == "ext4" && !record.read_only { check_ext4(record, device) } else { Ok(()) }
+    match record.read_only {
+        true => refuse_unread(record, device),
+        false if record.fs_type == "ext4" => check_ext4(record, device),
+        false => Ok(()),
+    }
+}
+
+/// Why no file system is found.
+fn why_nothing(asking: &Asking, record: &Record) -> Result<&'static str, Refusal> {
+    // Only asked, and as anybody may: a lease that only reads says nothing of the content.
+    let asked = set(asking, record, api::VolumeContent::Unspecified, 0)?;
+    Ok(match asked.ever_written {
+        false => {
+            "nothing was ever written to it, so it holds no file system, and none is made for \
+             reading only: stage it once for writing"
+        }
+        true => {
+            "it was written to, and no file system is found on it: it is not formatted, \
+             since that would destroy what may be there; look at it with blkid and the file \
+             system's own tools, or delete the volume"
+        }
+    })
+}
+
+/// Mounted with its journal unread, a file system must show all the same what was confirmed.
+fn refuse_unread(record: &Record, device: &Path) -> Result<(), Refusal> {
+    match journal::must_be_replayed(&record.fs_type, device)? {
+        false => Ok(()),
+        true => Err(unusable(
+            record,
+            "its last host ended without an unmount, and what it confirmed may be in the journal \
+             only, which can't be replayed for reading only: mount it once for writing",
+        )),
+    }
 }
 
 /// Notes that a volume is used as a raw device, so that nobody ever formats it.
@@ -79,11 +106,20 @@ fn ask(
     record: &Record,
     content: api::VolumeContent,
 ) -> Result<api::SetVolumeContentResponse, Refusal> {
+    set(asking, record, content, record.epoch)
+}
+
+fn set(
+    asking: &Asking,
+    record: &Record,
+    content: api::VolumeContent,
+    epoch: u64,
+) -> Result<api::SetVolumeContentResponse, Refusal> {
     let request = api::SetVolumeContentRequest {
         volume: record.volume_id.clone(),
         content: content as i32,
         fs_type: record.fs_type.clone(),
-        epoch: record.epoch,
+        epoch,
     };
     let set = |client: Client| {
         let request = request.clone();

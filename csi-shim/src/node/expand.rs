@@ -10,6 +10,7 @@ use crate::error::{Refusal, required};
 use crate::host::{mounts, tools};
 use crate::modes;
 use crate::size::{Wanted, to_wire};
+use crate::steps::{self, Step};
 use crate::v1::{NodeExpandVolumeRequest, NodeExpandVolumeResponse};
 
 /// Growing a file system writes a little metadata per group.
@@ -36,7 +37,8 @@ impl Worker {
         if !here {
             return Err(missing());
         }
-        let (volume, _) = Handle::current().block_on(asking.volume(id))?;
+        let required = wanted.required.unwrap_or(0);
+        let volume = Handle::current().block_on(asking.grown(id, required))?;
         if let Some(problem) = wanted.problem_with(volume.size_bytes) {
             return Err(Refusal::CapacityOutOfRange(format!(
                 "volume {:?}: {problem}; expand it in the controller first",
@@ -45,6 +47,7 @@ impl Worker {
         }
         let device = self.device(&record)?;
         let size = self.attacher.grow(&record.attachment(), volume.size_bytes)?;
+        steps::reached(Step::DeviceGrown);
         if !record.block && !record.read_only {
             let device = device.display().to_string();
             let staging = record.staging.display().to_string();
@@ -55,6 +58,7 @@ impl Worker {
                 "xfs" => tools::must("xfs_growfs", &["-d", &staging], GROW_TIME)?,
                 _ => tools::must("resize2fs", &[&device], GROW_TIME)?,
             };
+            steps::reached(Step::FileSystemGrown);
         }
         Ok(NodeExpandVolumeResponse { capacity_bytes: to_wire(size) })
     }

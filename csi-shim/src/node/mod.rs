@@ -6,6 +6,7 @@
 
 mod content;
 mod expand;
+mod journal;
 mod publish;
 mod record;
 mod stage;
@@ -24,7 +25,7 @@ use crate::cluster::{Asking, Cluster};
 use crate::context::Address;
 use crate::controller::answer;
 use crate::error::{Refusal, required};
-use crate::host::HostError;
+use crate::host::{HostError, mounts};
 use crate::locks::{Held, Locks};
 use crate::names;
 use crate::v1::node_server::Node;
@@ -121,13 +122,13 @@ fn known_id(volume_id: &str) -> Result<&str, Refusal> {
     }
 }
 
-/// An absolute path.
+/// An absolute path, as the mount table has it.
 fn path(field: &'static str, text: &str) -> Result<PathBuf, Refusal> {
     let text = text.trim_end_matches('/');
     let plain = text.starts_with('/') && !text.split('/').any(|part| part == "..");
     match text {
         "" => Err(Refusal::FieldMissing(field)),
-        _ if plain => Ok(PathBuf::from(text)),
+        _ if plain => Ok(mounts::resolve(Path::new(text))),
         _ => Err(Refusal::PathInvalid { field, path: text.to_owned() }),
     }
 }
@@ -136,7 +137,7 @@ fn path(field: &'static str, text: &str) -> Result<PathBuf, Refusal> {
 fn place(field: &'static str, text: &str) -> Result<PathBuf, Refusal> {
     match text.trim_end_matches('/') {
         "" => Err(Refusal::FieldMissing(field)),
-        text => Ok(PathBuf::from(text)),
+        text => Ok(mounts::resolve(Path::new(text))),
     }
 }
 

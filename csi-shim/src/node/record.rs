@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::attach::Attachment;
 use crate::context::{self, Address};
-use crate::host::{HostError, files};
+use crate::host::{HostError, files, mounts};
 use crate::modes::Access;
 
 /// The version of this layout.
@@ -144,7 +144,12 @@ impl Records {
         };
         let record: Result<Record, _> = serde_json::from_slice(&bytes);
         match record {
-            Ok(record) if record.version == VERSION && record.volume_id == volume_id => {
+            Ok(mut record) if record.version == VERSION && record.volume_id == volume_id => {
+                // An older version wrote paths as they were given.
+                record.staging = mounts::resolve(&record.staging);
+                for published in &mut record.published {
+                    published.target = mounts::resolve(&published.target);
+                }
                 Ok(Some(record))
             }
             _ => Err(HostError::Unexpected(format!(

@@ -13,7 +13,7 @@ use crate::attach::State;
 use crate::cluster::Asking;
 use crate::context::PublishContext;
 use crate::error::{Refusal, required};
-use crate::host::{HostError, files, mounts};
+use crate::host::{HostError, files, mounts, release};
 use crate::modes::{self, Access, FILE_SYSTEMS};
 use crate::parameters;
 use crate::steps::{self, Step};
@@ -55,6 +55,7 @@ impl Worker {
         }
         // Servers refuse what they do not know, and might yet hear of it: that takes long to be sure of.
         Handle::current().block_on(asking.volume(id))?;
+        self.refuse_held(&record)?;
         let device = self.attacher.attach(&record.attachment())?;
         steps::reached(Step::Attached);
         let done = match record.block {
@@ -81,16 +82,27 @@ impl Worker {
         Ok(mounted.is_some() && mounted.map(|it| it.device) == mounts::device_numbers(&device).ok())
     }
 
+    /// Whether anything is there of what a record is about.
+    fn is_anywhere(&self, record: &Record) -> Result<bool, Refusal> {
+        let attached = self.attacher.state(&record.attachment())? != State::None;
+        let mounted = !record.block && mounts::at(&record.staging)?.is_some();
+        Ok(attached || mounted || self.is_published(record)?.is_some())
+    }
+
     /// Writes the record of what is about to be done; what an earlier life recorded must agree.
     fn begin(&self, mut record: Record) -> Result<Record, Refusal> {
         if let Some(before) = self.records.read(&record.volume_id)? {
-            if !before.same_use(&record) {
+            let differs = !before.same_use(&record);
+            if differs && self.is_anywhere(&before)? {
                 return Err(Refusal::StagedDiffers(record.volume_id));
             }
             if before.epoch > record.epoch {
                 return Err(Refusal::LeaseOld { volume: record.volume_id, epoch: record.epoch });
             }
-            if before.epoch < record.epoch {
+            if differs {
+                let volume = &record.volume_id;
+                tracing::warn!(volume, "a record of what is no longer on this host gives way");
+            } else if before.epoch < record.epoch {
                 // The lease was given back and taken again: what was attached under it is fenced.
                 self.refuse_in_use(&before)?;
                 self.take_down(&before)?;
@@ -110,6 +122,9 @@ impl Worker {
             // A mount of a device that is gone: of this volume's former attachment, as the path says.
             tracing::warn!(path = %record.staging.display(), "a dead mount is taken away");
             mounts::unmount_lazily(&record.staging)?;
+        }
+        if release::is_held(device)? {
+            return Err(self.held(record));
         }
         content::ensure(asking, record, device)?;
         steps::reached(Step::Checked);

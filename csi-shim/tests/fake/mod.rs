@@ -22,8 +22,17 @@ struct State {
     numbers: u64,
     /// Requests still to be answered with UNAVAILABLE.
     no_quorum: u32,
+    /// Sizes are decided, and not in force.
+    no_growth: bool,
     asked: u64,
     created: Vec<api::CreateVolumeRequest>,
+    /// All that was asked about leases, also what was not carried out.
+    acquired: Vec<api::AcquireLeaseRequest>,
+    released: Vec<api::ReleaseLeaseRequest>,
+    /// Requests about leases get no answer in time, and are not carried out yet.
+    stuck: bool,
+    /// Looks at a volume after which somebody else changes its leases.
+    overtaken: u32,
 }
 
 /// The cluster.
@@ -47,6 +56,11 @@ impl Fake {
         self.state().no_quorum = requests;
     }
 
+    /// Volumes take no new size over until they are let.
+    pub fn hold_growth(&self, hold: bool) {
+        self.state().no_growth = hold;
+    }
+
     /// Requests so far.
     pub fn asked(&self) -> u64 {
         self.state().asked
@@ -55,6 +69,37 @@ impl Fake {
     /// What the last new volume was created from.
     pub fn last_created(&self) -> api::CreateVolumeRequest {
         self.state().created.last().cloned().expect("a volume was created")
+    }
+
+    /// Requests about leases get no answer in time, until further notice.
+    pub fn get_stuck(&self, stuck: bool) {
+        self.state().stuck = stuck;
+    }
+
+    /// After the next so many looks at a volume somebody else changes its leases.
+    pub fn overtake(&self, looks: u32) {
+        self.state().overtaken = looks;
+    }
+
+    /// All that was ever asked about leases comes again, late: nobody hears the answers.
+    pub async fn repeat(&self) {
+        let (acquired, released) = {
+            let state = self.state();
+            (state.acquired.clone(), state.released.clone())
+        };
+        for it in acquired.clone() {
+            let _ = self.acquire_lease(Request::new(it)).await;
+        }
+        for it in released.clone() {
+            let _ = self.release_lease(Request::new(it)).await;
+        }
+        let mut state = self.state();
+        (state.acquired, state.released) = (acquired, released);
+    }
+
+    /// The leases of a volume.
+    pub fn leases(&self, volume: &str) -> Vec<api::Lease> {
+        self.state().find(volume).expect("it is there").leases.clone()
     }
 
     /// Names of all volumes.
@@ -94,6 +139,19 @@ fn node(id: u32) -> api::Node {
     }
 }
 
+fn check_seen(volume: &api::Volume, seen: Option<u64>) -> Result<(), Status> {
+    match seen {
+        Some(seen) if volume.lease_revision != Some(seen) => {
+            Err(Status::aborted("the leases have changed"))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn move_on(volume: &mut api::Volume, changed: bool) {
+    volume.lease_revision = volume.lease_revision.map(|now| now + u64::from(changed));
+}
+
 fn none<T>() -> Result<Response<T>, Status> {
     Err(Status::unimplemented("the driver has no need of this"))
 }
@@ -121,6 +179,7 @@ impl Admin for Fake {
             size_bytes: request.size_bytes,
             replicas: request.replicas,
             phase: api::VolumePhase::Creating as i32,
+            lease_revision: Some(0),
             ..Default::default()
         };
         state.created.push(request);
@@ -134,9 +193,12 @@ impl Admin for Fake {
         request: Request<api::GetVolumeRequest>,
     ) -> Answer<api::GetVolumeResponse> {
         let mut state = self.ask()?;
+        let overtaken = state.overtaken > 0;
+        state.overtaken -= u32::from(overtaken);
         let volume = state.find(&request.into_inner().volume)?;
         let answer = volume.clone();
         volume.phase = api::VolumePhase::Ready as i32;
+        move_on(volume, overtaken);
         Ok(Response::new(api::GetVolumeResponse { volume: Some(answer), replicas: Vec::new() }))
     }
 
@@ -181,8 +243,12 @@ impl Admin for Fake {
         request: Request<api::ResizeVolumeRequest>,
     ) -> Answer<api::ResizeVolumeResponse> {
         let (mut state, request) = (self.ask()?, request.into_inner());
+        let no_growth = state.no_growth;
         let volume = state.find(&request.volume)?;
         volume.size_bytes = volume.size_bytes.max(request.size_bytes);
+        if no_growth {
+            return Err(Status::unavailable("the volume has no quorum"));
+        }
         Ok(Response::new(api::ResizeVolumeResponse { volume: Some(volume.clone()) }))
     }
 
@@ -219,6 +285,10 @@ impl Admin for Fake {
         request: Request<api::AcquireLeaseRequest>,
     ) -> Answer<api::AcquireLeaseResponse> {
         let (mut state, request) = (self.ask()?, request.into_inner());
+        state.acquired.push(request.clone());
+        if state.stuck {
+            return Err(Status::unavailable("no answer in time"));
+        }
         let volume = state.find(&request.volume)?.clone();
         let same = |lease: &&api::Lease| {
             lease.mode == request.mode && lease.read_only == request.read_only
@@ -234,6 +304,7 @@ impl Admin for Fake {
         if volume.leases.iter().any(|lease| !shared || lease.mode != request.mode) {
             return Err(Status::failed_precondition("another host holds it"));
         }
+        check_seen(&volume, request.seen_lease_revision)?;
         let epoch = state.epochs.entry(volume.id.clone()).or_default();
         *epoch += 1;
         let lease = api::Lease {
@@ -247,6 +318,7 @@ impl Admin for Fake {
         };
         let volume = state.find(&request.volume)?;
         volume.leases.push(lease.clone());
+        move_on(volume, true);
         let answer = api::AcquireLeaseResponse { lease: Some(lease), volume: Some(volume.clone()) };
         Ok(Response::new(answer))
     }
@@ -256,10 +328,17 @@ impl Admin for Fake {
         request: Request<api::ReleaseLeaseRequest>,
     ) -> Answer<api::ReleaseLeaseResponse> {
         let (mut state, request) = (self.ask()?, request.into_inner());
+        state.released.push(request.clone());
+        if state.stuck {
+            return Err(Status::unavailable("no answer in time"));
+        }
         let volume = state.find(&request.volume)?;
+        check_seen(volume, request.seen_lease_revision)?;
         let before = volume.leases.len();
-        volume.leases.retain(|lease| lease.host != request.host);
+        let any = request.epoch == 0;
+        volume.leases.retain(|it| it.host != request.host || !(any || it.epoch == request.epoch));
         let released = volume.leases.len() < before;
+        move_on(volume, released || request.seen_lease_revision.is_some());
         Ok(Response::new(api::ReleaseLeaseResponse { released }))
     }
 

@@ -23,8 +23,8 @@ pub async fn acquire(
 ) -> Result<(Volume, api::Lease), Status> {
     let mode = mode(request.mode())?;
     let api::AcquireLeaseRequest { host, read_only, force, reason, .. } = request;
-    let by_force = force.then_some(reason);
-    let ask = LeaseAsk { host, mode, read_only, by_force };
+    let (by_force, seen_revision) = (force.then_some(reason), request.seen_lease_revision);
+    let ask = LeaseAsk { host, mode, read_only, by_force, seen_revision };
     let (volume, granted) = node.acquire_lease_of(volume.id, ask).await.map_err(status)?;
     let granted = lease(&volume, &granted);
     Ok((volume, granted))
@@ -39,9 +39,9 @@ pub async fn release(
     volume: Volume,
     request: api::ReleaseLeaseRequest,
 ) -> Result<api::ReleaseLeaseResponse, Status> {
-    let api::ReleaseLeaseRequest { host, epoch, .. } = request;
-    let released = node.release_lease_of(&volume, &host, Epoch(epoch)).await.map_err(status)?;
-    Ok(api::ReleaseLeaseResponse { released })
+    let api::ReleaseLeaseRequest { host, epoch, seen_lease_revision, .. } = request;
+    let released = node.release_lease_of(&volume, &host, Epoch(epoch), seen_lease_revision).await;
+    Ok(api::ReleaseLeaseResponse { released: released.map_err(status)? })
 }
 
 /// The leases that are asked for, on shard 0.

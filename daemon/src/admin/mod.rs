@@ -5,6 +5,7 @@
 
 mod leases;
 mod picture;
+mod pools;
 mod service;
 mod status;
 mod volumes;

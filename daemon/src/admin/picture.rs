@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use ballast_api::v1 as api;
-use ballast_block::{FamilyId, NodeId, ShardId};
+use ballast_block::{FamilyId, NodeId, PoolId, ShardId};
 use ballast_node::calls::{NodeReportV1, ReplicaReportV1};
 use ballast_node::cluster::{
     ClusterState, Node, NodeState, Pool, PoolState, Replica, ReplicaState, Volume, VolumePhase,
@@ -112,17 +112,41 @@ impl Picture {
     }
 
     fn in_sync(&self, replica: &Replica) -> bool {
-        let Some(live) = self.report(replica).filter(|live| !live.suspect) else { return false };
-        let Some((node, leader)) = self.leader(replica.family) else { return false };
-        // A learner counts for nothing yet, and neither does who is about to become a voter: should
-        // another one be lost now, there might be no majority.
-        if !leader.voters.contains(&replica.id.0) {
+        self.report(replica).is_some_and(|live| self.is_level(replica.node, live))
+    }
+
+    /// Replicas of a volume that are in sync on other pools than that.
+    pub fn in_sync_without(&self, volume: &Volume, pool: PoolId) -> usize {
+        let others = self.state.replicas_of(volume.family).filter(|it| it.pool != pool);
+        others.filter(|it| it.state == ReplicaState::Ready && self.in_sync(it)).count()
+    }
+
+    /// Members of the cluster group that are in sync on other nodes than that.
+    pub fn members_in_sync_without(&self, without: NodeId) -> usize {
+        let all = self.reports.get(&ShardId(0)).into_iter().flatten();
+        let others = all.filter(|(node, _)| **node != without);
+        let is_level = |(node, report): (&NodeId, &NodeReportV1)| {
+            let mut replicas = report.replicas.iter();
+            replicas.any(|it| it.family == FamilyId::CLUSTER.0 && self.is_level(*node, it))
+        };
+        others.filter(|it| is_level(*it)).count()
+    }
+
+    /// Whether a replica of that node is a voter, and about as far as its leader.
+    fn is_level(&self, at: NodeId, live: &ReplicaReportV1) -> bool {
+        let Some((node, leader)) = self.leader(FamilyId(live.family)) else { return false };
+        if live.suspect {
             return false;
         }
-        if node == replica.node {
-            return leader.replica == replica.id.0;
+        // A learner counts for nothing yet, and neither does who is about to become a voter: should
+        // another one be lost now, there might be no majority.
+        if !leader.voters.contains(&live.replica) {
+            return false;
         }
-        let matched = leader.matched.get(&replica.id.0).copied().unwrap_or(0);
+        if node == at {
+            return leader.replica == live.replica;
+        }
+        let matched = leader.matched.get(&live.replica).copied().unwrap_or(0);
         let near = |index: u64| index + IN_SYNC_ENTRIES >= leader.last_index;
         live.term == leader.term && matched > 0 && near(matched) && near(live.applied_index)
     }
@@ -162,6 +186,7 @@ impl Picture {
             health: self.health(volume).into(),
             shard: volume.shard.0,
             leases: volume.leases.iter().map(|lease| leases::lease(volume, lease)).collect(),
+            lease_revision: Some(volume.lease_revision),
         }
     }
 

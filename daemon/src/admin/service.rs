@@ -1,18 +1,17 @@
 //! The generated service trait, answered.
 
-use std::collections::BTreeSet;
 use std::future::Future;
 
 use ballast_api::v1 as api;
 use ballast_api::v1::admin_server::Admin;
-use ballast_block::{NodeId, PoolId, ShardId};
-use ballast_node::admin::Replacement;
-use ballast_node::cluster::{ClusterState, Pool, PoolState, Volume};
+use ballast_block::NodeId;
+use ballast_node::cluster::Volume;
 use tonic::{Request, Response, Status};
 
 use super::Access;
 use super::leases;
 use super::picture::Picture;
+use super::pools;
 use super::status::status;
 use super::volumes::{self, node_unknown, volume_unknown};
 use crate::shard::{LinuxNode, Shard, ShardEnded};
@@ -60,7 +59,8 @@ fn unavailable(ended: ShardEnded) -> Status {
     Status::unavailable(format!("{ended}: try another node"))
 }
 
-fn find_node(picture: &Picture, name_or_id: &str) -> Result<NodeId, Status> {
+/// The node of that name or number.
+pub fn find_node(picture: &Picture, name_or_id: &str) -> Result<NodeId, Status> {
     let node = picture.state.find_node(name_or_id);
     node.map(|node| node.id).ok_or_else(|| node_unknown(name_or_id))
 }
@@ -86,70 +86,6 @@ fn list_replicas(
     });
     let replicas = wanted.map(|replica| picture.replica(replica)).collect();
     Ok(api::ListReplicasResponse { replicas })
-}
-
-fn list_pools(
-    picture: &Picture,
-    request: &api::ListPoolsRequest,
-) -> Result<api::ListPoolsResponse, Status> {
-    let node = match request.node.as_str() {
-        "" => None,
-        name => Some(find_node(picture, name)?),
-    };
-    let wanted = picture.state.pools().filter(|pool| node.is_none_or(|node| node == pool.node));
-    let mut pools: Vec<api::Pool> = wanted.map(|pool| picture.pool(pool)).collect();
-    pools.sort_by(|a, b| (a.node, a.shard, &a.id).cmp(&(b.node, b.shard, &b.id)));
-    Ok(api::ListPoolsResponse { pools })
-}
-
-async fn replace_pool(
-    node: LinuxNode,
-    request: api::ReplacePoolRequest,
-) -> Result<api::ReplacePoolResponse, Status> {
-    let (of, pool, shard) = {
-        let state = node.cluster_state();
-        let of = state.find_node(&request.node).ok_or_else(|| node_unknown(&request.node))?.id;
-        let pool = pool_to_replace(&state, of, &request.pool_id)?;
-        (of, pool, state.pool(pool).map_or(0, |pool| pool.shard.0))
-    };
-    let (replacement, without_number) = match node.replace_pool(of, pool).await {
-        Ok(Replacement::Member(member)) => (member.0, false),
-        Ok(Replacement::NoMember) => (0, true),
-        Ok(Replacement::Serves) => (0, false),
-        Err(error) => return Err(volumes::status(error)),
-    };
-    let (pool_id, node) = (pool.to_string(), of.0);
-    Ok(api::ReplacePoolResponse { pool_id, node, replacement, without_number, shard })
-}
-
-/// The pool of a node that was named, or its only one.
-fn pool_to_replace(state: &ClusterState, of: NodeId, named: &str) -> Result<PoolId, Status> {
-    if !named.is_empty() {
-        let pool = state.pools_on(of).find(|pool| pool.id.to_string() == named);
-        let unknown = || format!("{of} has no pool {named}: see `ballastctl pool list`");
-        return pool.map(|pool| pool.id).ok_or_else(|| Status::not_found(unknown()));
-    }
-    let mut candidates: Vec<PoolId> = Vec::new();
-    let shards: BTreeSet<ShardId> = state.pools_on(of).map(|pool| pool.shard).collect();
-    for shard in shards {
-        let serves = |pool: &&Pool| pool.state != PoolState::Lost;
-        let before = candidates.len();
-        candidates.extend(state.pools_of(of, shard).filter(serves).map(|pool| pool.id));
-        if candidates.len() == before {
-            // Only lost ones: any of them stands for the shard.
-            candidates.extend(state.pools_of(of, shard).take(1).map(|pool| pool.id));
-        }
-    }
-    match candidates.as_slice() {
-        [only] => Ok(*only),
-        _ => {
-            let text = format!(
-                "{of} has {} pools: name one with --pool, see `ballastctl pool list`",
-                candidates.len()
-            );
-            Err(Status::failed_precondition(text))
-        }
-    }
 }
 
 #[tonic::async_trait]
@@ -290,7 +226,7 @@ impl Admin for Service {
         &self,
         request: Request<api::ListPoolsRequest>,
     ) -> Result<Response<api::ListPoolsResponse>, Status> {
-        list_pools(&self.picture().await?, request.get_ref()).map(Response::new)
+        pools::list(&self.picture().await?, request.get_ref()).map(Response::new)
     }
 
     async fn replace_pool(
@@ -298,7 +234,9 @@ impl Admin for Service {
         request: Request<api::ReplacePoolRequest>,
     ) -> Result<Response<api::ReplacePoolResponse>, Status> {
         let request = request.into_inner();
-        self.ask(|node| replace_pool(node, request)).await?.map(Response::new)
+        let picture = self.picture().await?;
+        let asked = pools::to_replace(&picture, &request)?;
+        self.ask(|node| pools::replace(node, asked)).await?.map(Response::new)
     }
 
     async fn get_status(

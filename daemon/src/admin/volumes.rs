@@ -138,6 +138,7 @@ pub fn status(error: AdminError) -> Status {
             RefusalCode::AlreadyExists => Code::AlreadyExists,
             RefusalCode::FailedPrecondition => Code::FailedPrecondition,
             RefusalCode::ResourceExhausted => Code::ResourceExhausted,
+            RefusalCode::Aborted => Code::Aborted,
         },
         AdminError::VolumeUnknown(volume) => return volume_unknown(volume),
         AdminError::NodeUnknown(node) => return node_unknown(&node.to_string()),
@@ -198,6 +199,7 @@ mod tests {
                 replicas: 1,
                 created_at_ms: 0,
                 preferred: Vec::new(),
+                absent: Vec::new(),
             })) else {
                 panic!("not a volume")
             };
@@ -205,7 +207,17 @@ mod tests {
             for host in 0..leases {
                 let (host, mode) = (format!("host-{host}"), LeaseMode::Readers);
                 let (read_only, force, reason, at_ms) = (true, false, String::new(), 0);
-                let lease = AcquireLease { volume, host, mode, read_only, force, reason, at_ms };
+                let lease = AcquireLease {
+                    volume,
+                    host,
+                    mode,
+                    read_only,
+                    force,
+                    reason,
+                    at_ms,
+                    unique_epoch: true,
+                    seen_revision: None,
+                };
                 assert!(matches!(state.apply(Command::AcquireLease(lease)), Reply::Volume(_)));
             }
         }

@@ -357,19 +357,31 @@ impl Driver {
     /// Grows a volume in the cluster.
     #[track_caller]
     pub fn expand_volume(&self, used: &Used, mib: i64) {
+        self.try_expand_volume(used, mib).expect("the volume grows");
+    }
+
+    /// Has a volume grow in the cluster.
+    pub fn try_expand_volume(&self, used: &Used, mib: i64) -> Result<i64, Status> {
         let request = ControllerExpandVolumeRequest {
             volume_id: used.volume.volume_id.clone(),
             capacity_range: Some(CapacityRange { required_bytes: mib * MIB, limit_bytes: 0 }),
             volume_capability: Some(used.capability.clone()),
             ..Default::default()
         };
-        let grown = self.controller(async |mut it| it.controller_expand_volume(request).await);
-        assert!(grown.expect("the volume grows").node_expansion_required);
+        let grown = self.controller(async |mut it| it.controller_expand_volume(request).await)?;
+        assert!(grown.node_expansion_required);
+        Ok(grown.capacity_bytes)
     }
 
     /// Grows what this host has of a volume that has grown, and returns its size.
     #[track_caller]
     pub fn expand_here(&self, used: &Used, mib: i64, path: &str) -> i64 {
+        let grown = self.try_expand_here(used, mib, path);
+        grown.expect("the host's device and file system grow")
+    }
+
+    /// Has this host grow what it has of a volume.
+    pub fn try_expand_here(&self, used: &Used, mib: i64, path: &str) -> Result<i64, Status> {
         let request = NodeExpandVolumeRequest {
             volume_id: used.volume.volume_id.clone(),
             volume_path: path.to_owned(),
@@ -379,7 +391,7 @@ impl Driver {
             ..Default::default()
         };
         let grown = self.node(async |mut it| it.node_expand_volume(request).await);
-        grown.expect("the host's device and file system grow").capacity_bytes
+        grown.map(|grown| grown.capacity_bytes)
     }
 
     /// What NodeGetVolumeStats tells.

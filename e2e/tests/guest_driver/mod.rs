@@ -12,7 +12,7 @@ use ballast_e2e::wait::{until, until_true};
 use crate::csi_driver::{Driver, HOST};
 
 /// Seconds that a writer may stand still when its connection is lost: until Linux asks again what was under
-/// way (`REQUEST` in csi-shim/src/attach/kernel.rs), and for an emulated machine to do so.
+/// way (`REQUEST_SECONDS` in csi-shim/src/limits.rs), and for an emulated machine to do so.
 const STALL: f64 = 30.0;
 
 /// What a kernel says when a request of a disk or file system failed.
@@ -88,6 +88,11 @@ impl InGuest {
         ));
     }
 
+    /// What the guest wrote on its console so far: the node's service logs there.
+    pub fn console(&self) -> String {
+        self.guest.console()
+    }
+
     /// The storage node that the guest's kernel is connected to.
     #[track_caller]
     pub fn serving(&self) -> u32 {
@@ -109,7 +114,9 @@ impl InGuest {
         let ours: Vec<String> = self.cluster.nodes().iter().map(nbd_address).collect();
         let ends = all.lines().filter_map(|line| line.split_once(' '));
         let ends = ends.map(|(near, far)| (near.to_owned(), far.to_owned()));
-        ends.filter(|(_, far)| ours.contains(far)).collect()
+        let mut ends: Vec<_> = ends.filter(|(_, far)| ours.contains(far)).collect();
+        ends.sort();
+        ends
     }
 
     /// Nothing of any volume is left, in the guest or the cluster: no mount, device, record, lease. Then the

@@ -126,6 +126,11 @@ impl<E: Env> Recorder<E> {
         Self { inner, log: Rc::default() }
     }
 
+    /// How much happened so far.
+    pub fn events(&self) -> usize {
+        self.log.borrow().events.len()
+    }
+
     /// The record so far.
     pub fn log(&self) -> Log {
         self.log.borrow().clone()

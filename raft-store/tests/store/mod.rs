@@ -1,6 +1,7 @@
 //! Pools and replicas for tests, and a state machine over a replica.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub mod life;
 pub mod model;
 pub mod node;
 

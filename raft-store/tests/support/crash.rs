@@ -1,7 +1,7 @@
 //! Power loss: the images that it may leave.
 
 use super::pool::path;
-use super::{Event, Image, MemoryEnv, SECTOR, splitmix};
+use super::{Event, Image, MemoryEnv, SECTOR, WriteRecord, splitmix};
 
 /// What becomes of writes that were in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,8 +61,18 @@ pub fn crash(
             }
         }
     }
-    for number in in_flight {
-        let write = &disk.writes[number];
+    leave_in_flight(&mut image, in_flight.iter().map(|&nth| &disk.writes[nth]), mode, random);
+    image
+}
+
+/// Puts into an image what a power loss leaves of writes that were in flight.
+pub fn leave_in_flight<'a>(
+    image: &mut Image,
+    in_flight: impl Iterator<Item = &'a WriteRecord>,
+    mode: InFlight,
+    random: &mut Random,
+) {
+    for write in in_flight {
         let sectors = write.bytes.len() / SECTOR;
         match mode {
             InFlight::Lost => {}
@@ -81,7 +91,6 @@ pub fn crash(
             }
         }
     }
-    image
 }
 
 /// An environment on an image.

@@ -22,6 +22,9 @@ const REACTION_MS_MAX: u64 = 300;
 /// Longest time for which a server may still hold a connection that the host has given up.
 const ZOMBIE_MS_MAX: u64 = 3_000;
 
+/// Of a million requests, how many stay in the host's socket while their connection is given up.
+const STUCK_RATE: u64 = 5_000;
+
 /// A request of a device, through all its repetitions.
 #[derive(Clone, Copy, Debug)]
 pub struct Tag {
@@ -128,6 +131,10 @@ impl Lanes {
             Numbering::Little => named(own).swap_bytes(),
             Numbering::Hidden => named(index),
         };
+        if self.rng.chance(STUCK_RATE) {
+            self.stick(env, index, handle, command);
+            return Err(NbdError::Lost);
+        }
         let mut dead = self.lanes[index].dead.subscribe();
         let outcome = tokio::select! {
             biased;
@@ -139,6 +146,21 @@ impl Lanes {
             self.kill(env, index);
         }
         outcome
+    }
+
+    /// The host gives a connection up whose request only then travels: TCP sends again what was written
+    /// before the socket was shut, for minutes. Its copy on another connection may be answered first.
+    fn stick(&self, env: &SimEnv, index: usize, handle: u64, command: Command) {
+        let Some(client) = self.client(index) else { return };
+        self.kill(env, index);
+        let longest = if self.rng.chance(500_000) { REACTION_MS_MAX } else { ZOMBIE_MS_MAX };
+        let late = Duration::from_millis(self.rng.between(0, longest));
+        let later = env.clone();
+        env.spawn(async move {
+            later.sleep(late).await;
+            // Nobody hears the answer.
+            let _ = client.run_as(handle, command).await;
+        });
     }
 
     fn client(&self, index: usize) -> Option<Rc<NbdClient>> {

@@ -97,6 +97,8 @@ pub struct Host {
     lessor: Option<Lessor>,
     /// The lease that it believes to hold.
     epoch: Cell<Option<Epoch>>,
+    /// The last one that it got.
+    granted: Cell<Option<Epoch>>,
     path: RefCell<Option<(Path, u64)>>,
     /// Requests of the device that are not in use.
     tags: RefCell<Vec<Tag>>,
@@ -134,6 +136,7 @@ impl Host {
             lessor: lessor.filter(|_| mix.leased && !mix.reader),
             mix,
             epoch: Cell::new(None),
+            granted: Cell::new(None),
             path: RefCell::new(None),
             tags: RefCell::default(),
             writing: RefCell::default(),
@@ -311,6 +314,7 @@ impl Host {
         let epoch = self.epoch.get();
         let known = self.tags.borrow_mut().pop();
         let mut tag = known.unwrap_or_else(|| self.new_tag());
+        let mut repeated = false;
         let outcome = loop {
             let path = self.connected(env).await;
             if self.epoch.get() != epoch {
@@ -319,7 +323,9 @@ impl Host {
             let Some((Path::Lanes(lanes), _)) = path else { continue };
             lanes.lose_some(env);
             match lanes.run(env, &mut tag, command.clone(), self.patience()).await {
-                Err(NbdError::Lost) => {}
+                Err(NbdError::Lost) => repeated = true,
+                // It is the last copy that was refused; one before it may have been done.
+                Err(_) if repeated => break Err(NbdError::Lost),
                 outcome => break outcome,
             }
         };
@@ -424,8 +430,11 @@ impl Host {
                 () = env.sleep(LEASE_PATIENCE) => None,
             };
             if taken.is_some() {
-                // Whoever held it before is fenced by now, whether this host ever connects or not.
-                self.oracle.attached(self.volume, began);
+                // Whoever held it before is fenced by now, whether this host ever connects or not; but
+                // one that held it itself all the time goes on with what it has begun.
+                if self.granted.replace(taken) != taken {
+                    self.oracle.attached(self.volume, began);
+                }
             } else {
                 env.sleep(Duration::from_millis(self.rng.between(50, 500))).await;
             }

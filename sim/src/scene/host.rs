@@ -63,7 +63,7 @@ impl ScriptHost {
     ) -> bool {
         let host = format!("host-{}", self.id().0);
         let by_force = force.then(|| "it moves".to_owned());
-        let ask = LeaseAsk { host, mode, read_only: false, by_force };
+        let ask = LeaseAsk { host, mode, read_only: false, by_force, seen_revision: None };
         let began = self.judge.oracle.attach_begins();
         let asked = Asked::new(&self.world);
         let (state, ballast, world) = (asked.state.clone(), self.ballast.clone(), &self.world);
@@ -84,8 +84,9 @@ impl ScriptHost {
     pub async fn release_lease(&self, scene: &Scene, through: NodeId) {
         let epoch = self.lease.take().expect("it has one").epoch;
         let (host, name) = (format!("host-{}", self.id().0), volume_name(self.volume as usize));
-        let release =
-            move |node: Node<SimEnv>| async move { node.release_lease(&name, &host, epoch).await };
+        let release = move |node: Node<SimEnv>| async move {
+            node.release_lease(&name, &host, epoch, None).await
+        };
         assert_eq!(scene.ask(through, release).await, Ok(true));
     }
 
@@ -97,9 +98,25 @@ impl ScriptHost {
         }
     }
 
+    /// Its link is made anew, as the client of a host does by itself that knows of nothing: asked once.
+    /// It goes on under the attachment that it had, so a write that succeeds after a newer one was
+    /// admitted is a violation.
+    pub async fn reconnect(&self, through: NodeId) -> bool {
+        let Some(client) = self.try_connect(through, &self.export()).await else { return false };
+        let number = self.client.borrow().as_ref().expect("it was attached").1;
+        self.client.replace(Some((client, number)));
+        true
+    }
+
     /// Whether a node lets it in as a writer, asked once.
     pub async fn can_attach(&self, through: NodeId) -> bool {
         self.try_connect(through, &self.export()).await.is_some()
+    }
+
+    /// Whether a node lets it in as a writer under that lease, whosever it is; asked once.
+    pub async fn can_attach_under(&self, through: NodeId, epoch: Epoch) -> bool {
+        let export = format!("{}@lease={}", volume_name(self.volume as usize), epoch.0);
+        self.try_connect(through, &export).await.is_some()
     }
 
     /// Its machine.

@@ -141,6 +141,7 @@ impl World {
                     RefusalCode::AlreadyExists => Status::already_exists(message),
                     RefusalCode::FailedPrecondition => Status::failed_precondition(message),
                     RefusalCode::ResourceExhausted => Status::resource_exhausted(message),
+                    RefusalCode::Aborted => Status::aborted(message),
                 })
             }
             reply => Ok(reply),
@@ -365,6 +366,7 @@ impl Admin for Fixture {
             replicas: if request.replicas == 0 { 3 } else { request.replicas },
             created_at_ms: 1_700_000_000_000,
             preferred: Vec::new(),
+            absent: Vec::new(),
         }))?;
         let Reply::Volume(volume) = reply else { panic!("not a volume") };
         Ok(Response::new(v1::CreateVolumeResponse { volume: Some(world.volume(&volume)) }))
@@ -439,8 +441,17 @@ impl Admin for Fixture {
         let mode = lease_mode(request.mode());
         let v1::AcquireLeaseRequest { volume, host, read_only, force, reason, .. } = request;
         let (volume, at_ms) = (world.find(&volume)?.id, 1_700_000_060_000);
-        let asked =
-            AcquireLease { volume, host: host.clone(), mode, read_only, force, reason, at_ms };
+        let asked = AcquireLease {
+            volume,
+            host: host.clone(),
+            mode,
+            read_only,
+            force,
+            reason,
+            at_ms,
+            unique_epoch: true,
+            seen_revision: None,
+        };
         let Reply::Volume(volume) = world.apply(Command::AcquireLease(asked))? else {
             panic!("not a volume")
         };
@@ -454,9 +465,10 @@ impl Admin for Fixture {
         request: Request<v1::ReleaseLeaseRequest>,
     ) -> Answer<v1::ReleaseLeaseResponse> {
         let mut world = self.world()?;
-        let v1::ReleaseLeaseRequest { volume, host, epoch } = request.into_inner();
+        let v1::ReleaseLeaseRequest { volume, host, epoch, .. } = request.into_inner();
         let before = world.find(&volume)?;
-        let command = Command::ReleaseLease { volume: before.id, host, epoch: Epoch(epoch) };
+        let (volume, epoch) = (before.id, Epoch(epoch));
+        let command = Command::ReleaseLease { volume, host, epoch, seen_revision: None };
         let Reply::Volume(after) = world.apply(command)? else { panic!("not a volume") };
         let released = after.leases.len() < before.leases.len();
         Ok(Response::new(v1::ReleaseLeaseResponse { released }))

@@ -10,13 +10,14 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
+use tokio::io::AsyncWriteExt;
 
 use super::super::Attachment;
 use super::{SOCKET_FD, SOCKET_ITEM, SOCKETS};
 use crate::context::Address;
 use crate::host::HostError;
 use crate::host::netlink::{attribute, nested};
-use crate::link::nbd::{self, ConnectError, Export};
+use crate::link::nbd::{self, Command, ConnectError, Export, Meaning};
 
 /// Connections to one server, past their handshakes, in the order of the kernel's queues.
 pub(super) struct Opened(Vec<Export>);
@@ -25,6 +26,8 @@ pub(super) struct Opened(Vec<Export>);
 pub(super) enum NotOpen {
     /// None ever will again: its lease has ended.
     LeaseOver(ConnectError),
+    /// None does now, and one of them knows no such volume.
+    NoVolume(ConnectError),
     /// None does now.
     Yet(HostError),
 }
@@ -33,6 +36,7 @@ impl From<NotOpen> for HostError {
     fn from(not_open: NotOpen) -> HostError {
         match not_open {
             NotOpen::LeaseOver(error) => HostError::LeaseOver(error.to_string()),
+            NotOpen::NoVolume(error) => failed(&error),
             NotOpen::Yet(error) => error,
         }
     }
@@ -45,27 +49,62 @@ pub(super) fn open(
     connections: u16,
     time: Duration,
 ) -> Result<Opened, NotOpen> {
-    let failed = |error: &dyn std::fmt::Display| HostError::Unexpected(error.to_string());
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(|error| NotOpen::Yet(failed(&error)))?;
+    let runtime = runtime().map_err(NotOpen::Yet)?;
     let start = Instant::now();
     loop {
-        let mut last = failed(&"no NBD address is known");
+        let mut last = NotOpen::Yet(failed(&"no NBD address is known"));
         for address in &attachment.addresses {
             let names =
                 names(attachment, connections).map_err(|error| NotOpen::Yet(failed(&error)))?;
             match runtime.block_on(open_at(address, &names)) {
                 Ok(opened) => return Ok(opened),
-                Err(error @ ConnectError::Refused { for_good: true, .. }) => {
-                    return Err(NotOpen::LeaseOver(error));
-                }
-                Err(error) => last = failed(&error),
+                Err(error) => match error {
+                    ConnectError::Refused { meaning: Meaning::LeaseOver, .. } => {
+                        return Err(NotOpen::LeaseOver(error));
+                    }
+                    ConnectError::Refused { meaning: Meaning::NoVolume, .. } => {
+                        last = NotOpen::NoVolume(error);
+                    }
+                    _ if matches!(last, NotOpen::NoVolume(_)) => {}
+                    _ => last = NotOpen::Yet(failed(&error)),
+                },
             }
         }
         if start.elapsed() >= time {
-            return Err(NotOpen::Yet(last));
+            return Err(last);
         }
         std::thread::sleep(Duration::from_millis(300));
+    }
+}
+
+fn failed(error: &dyn std::fmt::Display) -> HostError {
+    HostError::Unexpected(error.to_string())
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime, HostError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(|error| failed(&error))
+}
+
+/// Bytes that the volume has by now, asked of this server on a connection of its own, which reads
+/// only and so leaves those of the device in peace.
+pub(super) fn size_at(address: &Address, export: &str) -> Result<u64, HostError> {
+    let good_bye = nbd::request(Command::Disconnect, 0, 0, 0);
+    let size = async {
+        let mut opened = nbd::connect(address, &reading(export)).await?;
+        // The server has said what was asked; what it makes of this does not matter.
+        let _ = opened.stream.write_all(&good_bye).await;
+        Ok(opened.size)
+    };
+    runtime()?.block_on(size).map_err(|error: ConnectError| failed(&error))
+}
+
+/// The export for reading only, under the same lease.
+fn reading(export: &str) -> String {
+    match export.split_once('@') {
+        None => format!("{export}@ro"),
+        Some((_, words)) if words.split(',').any(|word| word == "ro") => export.to_owned(),
+        Some((name, words)) => format!("{name}@ro,{words}"),
     }
 }
 
@@ -95,6 +134,11 @@ impl Opened {
     /// Bytes of the volume.
     pub(super) fn size(&self) -> u64 {
         self.0.iter().map(|export| export.size).min().unwrap_or(0)
+    }
+
+    /// The server that they lead to.
+    pub(super) fn server(&self) -> Option<&Address> {
+        self.0.first().map(|export| &export.address)
     }
 
     /// Transmission flags.
@@ -161,6 +205,13 @@ mod tests {
         }
         assert_ne!(names("db@lease=7", false, 3), lanes);
         assert!(names("db", false, 2)[1].starts_with("db@session="));
+    }
+
+    #[test]
+    fn the_size_is_asked_for_under_the_same_lease_without_writing() {
+        assert_eq!(reading("db@lease=7"), "db@ro,lease=7");
+        assert_eq!(reading("db@ro,lease=7"), "db@ro,lease=7");
+        assert_eq!(reading("db"), "db@ro");
     }
 
     #[test]

@@ -2,29 +2,29 @@
 //! connections again for those that went on with one.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::{Duration, Instant};
+use std::sync::{Mutex, PoisonError, TryLockError};
+use std::time::Instant;
 
 use nix::errno::Errno;
 
 use super::super::Attachment;
+use super::kept::Kept;
 use super::sysfs::{devices, ours, path_of, queues, quiet_at};
-use super::{ANSWER_TIME, INDEX, LINK_DEAD, Shared, can_be_read, sockets};
+use super::{INDEX, LINK_DEAD, Shared, Streams, can_be_read, locked, sockets};
+use crate::host::HostError;
 use crate::host::netlink::{self, Notices};
+use crate::limits::{
+    ANSWER_TIME, CHANGE_TIME, QUIET_TIME, REPAIR_TIME, REPAIRS_AT_ONCE, RETRY_TIME, UNUSED_TIME,
+};
 
-/// How long the watcher waits for a notice, with nothing to do.
-const QUIET_TIME: Duration = Duration::from_secs(60);
-
-/// With a device that has no server.
-const RETRY_TIME: Duration = Duration::from_secs(1);
-
-/// With a device that is to have several connections again: for so long nobody may have used it.
-const UNUSED_TIME: Duration = Duration::from_secs(5);
-
-/// Between two changes of a device's connections, but for repairs.
-const CHANGE_TIME: Duration = Duration::from_secs(60);
-
-/// How long one look for a server takes at most, but for servers that do not answer: others wait.
-const REPAIR_TIME: Duration = Duration::from_secs(2);
+/// What is to be done about a device.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum ToDo {
+    /// It may have lost its connections.
+    Look,
+    /// It has.
+    Repair,
+}
 
 /// What the watcher knows of a device that goes on with one connection.
 struct Narrow {
@@ -37,20 +37,23 @@ struct Narrow {
 /// Watches for ever.
 pub(super) fn watch(shared: &Shared, notices: &Notices) {
     let all = || devices().into_iter().map(|(index, _)| index).collect::<BTreeSet<u32>>();
-    let (mut suspects, mut lost) = (all(), BTreeSet::new());
+    let look = |indices: BTreeSet<u32>| indices.into_iter().map(|index| (index, ToDo::Look));
+    let mut to_do: BTreeMap<u32, ToDo> = look(all()).collect();
     let mut narrow = BTreeMap::new();
     loop {
-        lost.append(&mut suspects.into_iter().filter(|index| shared.is_lost(*index)).collect());
-        lost.retain(|index| !shared.repair(*index, 1));
-        for index in all().into_iter().filter(|index| !lost.contains(index)) {
+        let left = at_once(REPAIRS_AT_ONCE, to_do, |(index, what)| {
+            shared.attend(index, what).map(|what| (index, what))
+        });
+        to_do = left.into_iter().flatten().collect();
+        for index in all().into_iter().filter(|index| !to_do.contains_key(index)) {
             shared.widen(index, &mut narrow);
         }
-        let time = match (lost.is_empty(), narrow.is_empty()) {
+        let time = match (to_do.is_empty(), narrow.is_empty()) {
             (false, _) => RETRY_TIME,
             (true, false) => UNUSED_TIME,
             (true, true) => QUIET_TIME,
         };
-        suspects = match notices.next(time) {
+        let suspects = match notices.next(time) {
             Ok(notices) => {
                 let dead = notices.iter().filter(|(command, _)| *command == LINK_DEAD);
                 let index = |attributes| netlink::find(attributes, INDEX)?.try_into().ok();
@@ -60,15 +63,50 @@ pub(super) fn watch(shared: &Shared, notices: &Notices) {
             Err(Errno::ENOBUFS) => all(),
             Err(_) => BTreeSet::new(),
         };
+        for (index, what) in look(suspects) {
+            to_do.entry(index).or_insert(what);
+        }
     }
 }
 
+/// Does the work for each, for so many at a time, and returns what came of it when all is done.
+fn at_once<T: Send, R: Send>(
+    most: usize,
+    all: impl IntoIterator<Item = T>,
+    work: impl Fn(T) -> R + Sync,
+) -> Vec<R> {
+    let all: Vec<T> = all.into_iter().collect();
+    let workers = most.min(all.len());
+    let (waiting, done) = (Mutex::new(all), Mutex::new(Vec::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..workers {
+            scope.spawn(|| {
+                loop {
+                    let Some(next) = locked(&waiting).pop() else { return };
+                    let result = work(next);
+                    locked(&done).push(result);
+                }
+            });
+        }
+    });
+    done.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Shared {
-    /// Whether a device has a connection that does not work any more, or none.
-    fn is_lost(&self, index: u32) -> bool {
-        let known = |streams: &Vec<_>| streams.iter().any(sockets::is_lost);
-        let known = self.sockets().get(&index).is_some_and(known);
-        ours(index).is_some() && (known || !can_be_read(&path_of(index), 0, ANSWER_TIME))
+    /// Does what is to be done about a device, and returns what is left of that.
+    fn attend(&self, index: u32, what: ToDo) -> Option<ToDo> {
+        let held = self.device(index);
+        let mut streams = match held.try_lock() {
+            Ok(streams) => streams,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            // It is being changed: afterwards is early enough to look.
+            Err(TryLockError::WouldBlock) => return Some(what),
+        };
+        ours(index)?;
+        if what == ToDo::Look && !is_lost(index, &streams) {
+            return None;
+        }
+        (!self.repair(&mut streams, index, 1)).then_some(ToDo::Repair)
     }
 
     /// Finds a server for a device, and makes so many connections to it if it is written to: all that
@@ -76,32 +114,42 @@ impl Shared {
     ///
     /// With several the kernel would wake what waits for a server when it has the first, and send it
     /// there; the server would have to end the session. So a device that was lost goes on with one.
-    fn repair(&self, index: u32, connections: u16) -> bool {
+    fn repair(&self, streams: &mut Streams, index: u32, connections: u16) -> bool {
         let Some((volume_id, export)) = ours(index) else { return true };
         tracing::info!(index, export, connections, "looking for a server");
         let attachment = Attachment {
             read_only: export.contains("@ro"),
-            addresses: self.kept(&volume_id).0,
+            addresses: Kept::read(&self.folder, &volume_id).addresses,
             volume_id,
             export,
         };
         let connections = if attachment.read_only { queues(index) } else { connections };
-        let mut sockets = self.sockets();
-        let repaired = self.reconnect(&mut sockets, index, &attachment, connections, REPAIR_TIME);
+        let repaired = self.reconnect(streams, index, &attachment, connections, REPAIR_TIME);
         let export = attachment.export;
-        match &repaired {
-            Ok(()) => tracing::info!(index, export, "connected again"),
-            Err(error) => tracing::error!(index, export, %error, "not connected"),
+        match repaired {
+            Ok(()) => {
+                tracing::info!(index, export, "connected again");
+                true
+            }
+            // It was given up: the kernel takes no connection for it any more.
+            Err(HostError::LeaseOver(_) | HostError::VolumeDeleted(_)) => true,
+            Err(error) => {
+                tracing::error!(index, export, %error, "not connected");
+                false
+            }
         }
-        repaired.is_ok()
     }
 
     /// Gives a device that went on with one connection as many as it has queues, when nobody has used
     /// it for a while.
     fn widen(&self, index: u32, narrow: &mut BTreeMap<u32, Narrow>) {
         let Some((volume_id, export)) = ours(index) else { return };
-        let known = self.sockets().get(&index).map(Vec::len);
-        let has = known.unwrap_or_else(|| self.kept(&volume_id).1.len());
+        let held = self.device(index);
+        let Ok(mut streams) = held.try_lock() else { return };
+        let has = match streams.len() {
+            0 => Kept::read(&self.folder, &volume_id).locals.len(),
+            known => known,
+        };
         let wants = queues(index).min(self.connections);
         if has != 1 || wants <= 1 || wants != queues(index) || export.contains("@ro") {
             narrow.remove(&index);
@@ -114,9 +162,38 @@ impl Shared {
         let unused = quiet.is_some() && quiet == std::mem::replace(&mut device.seen, quiet.clone());
         if unused && now >= device.not_before {
             device.not_before = now + CHANGE_TIME;
-            if !self.repair(index, wants) {
-                self.repair(index, 1);
+            if !self.repair(&mut streams, index, wants) {
+                self.repair(&mut streams, index, 1);
             }
         }
+    }
+}
+
+/// Whether a device has a connection that does not work any more, or none.
+fn is_lost(index: u32, streams: &Streams) -> bool {
+    streams.iter().any(sockets::is_lost) || !can_be_read(&path_of(index), 0, ANSWER_TIME)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn so_many_at_a_time_and_no_more() {
+        let (together, at_work, most) = (Barrier::new(3), AtomicUsize::new(0), AtomicUsize::new(0));
+        let mut done = at_once(3, 0..9, |it| {
+            most.fetch_max(at_work.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            // Passed only by three that are at work together.
+            together.wait();
+            at_work.fetch_sub(1, Ordering::SeqCst);
+            it * 2
+        });
+        done.sort_unstable();
+        assert_eq!(done, [0, 2, 4, 6, 8, 10, 12, 14, 16]);
+        assert_eq!(most.load(Ordering::SeqCst), 3);
+        assert!(at_once(3, [], |_: u32| ()).is_empty());
     }
 }

@@ -153,7 +153,7 @@ pub enum LeaseCommand {
 const ATTACH_EXAMPLES: &str = "\
 Examples:
   ballastctl volume attach db --host host-1
-  nbdinfo nbd://10.0.0.1:10809/db@lease=1";
+  nbdinfo nbd://10.0.0.1:10809/db@lease=41";
 
 const ACQUIRE_EXAMPLES: &str = "\
 Modes: single-node-writer, single-node-multi-writer, single-node-publisher, readers, writers.
@@ -262,7 +262,9 @@ pub enum PoolCommand {
     },
     /// Give a node's pool up for ever, so that a new one can take its place
     #[command(after_help = "For a pool that is lost, rolled back or damaged beyond repair. Its \
-        replicas come back from the other nodes, under new ids, once the new pool is there.\n\n\
+        replicas come back from the other nodes, under new ids, once the new pool is there. Refused \
+        while the pool serves, and when a volume has no majority in sync without it: --force takes \
+        that loss.\n\n\
         Example:\n  ballastctl pool replace --node node-2")]
     Replace {
         /// The node's name or number
@@ -274,6 +276,12 @@ pub enum PoolCommand {
         /// Do not ask
         #[arg(long)]
         yes: bool,
+        /// Also if it serves, or volumes are lost with it
+        #[arg(long, requires = "reason")]
+        force: bool,
+        /// Why by force: logged
+        #[arg(long, requires = "force")]
+        reason: Option<String>,
     },
 }
 

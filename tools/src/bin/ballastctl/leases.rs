@@ -39,6 +39,7 @@ pub async fn acquire(cli: &Cli, client: &Client, it: &AcquireLease) -> Result<St
         read_only: it.read_only,
         force: it.force,
         reason: it.reason.clone().unwrap_or_default(),
+        seen_lease_revision: None,
     };
     request.set_mode(match it.mode {
         Mode::SingleNodeWriter => v1::LeaseMode::SingleNodeWriter,
@@ -57,7 +58,7 @@ pub async fn acquire(cli: &Cli, client: &Client, it: &AcquireLease) -> Result<St
 /// Ends a host's lease; returns what to print.
 pub async fn release(cli: &Cli, client: &Client, it: &ReleaseLease) -> Result<String, Failure> {
     let (volume, host, epoch) = (it.volume.clone(), it.host.clone(), it.epoch);
-    let request = v1::ReleaseLeaseRequest { volume, host, epoch };
+    let request = v1::ReleaseLeaseRequest { volume, host, epoch, seen_lease_revision: None };
     let released = client.release_lease(request).await?.released;
     Ok(show(cli, &Released { released }))
 }

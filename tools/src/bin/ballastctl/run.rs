@@ -106,11 +106,16 @@ pub async fn run(cli: &Cli) -> Result<String, Failure> {
             let pools = client.list_pools(v1::ListPoolsRequest { node }).await?.pools;
             Ok(show(cli, &view::Pools { pools: all(pools) }))
         }
-        Command::Pool(PoolCommand::Replace { node, pool, yes }) => {
+        Command::Pool(PoolCommand::Replace { node, pool, yes, force, reason }) => {
             if !yes {
                 confirm_pool(node)?;
             }
-            let request = v1::ReplacePoolRequest { node: node.clone(), pool_id: pool.clone() };
+            let request = v1::ReplacePoolRequest {
+                node: node.clone(),
+                pool_id: pool.clone(),
+                force: *force,
+                reason: reason.clone().unwrap_or_default(),
+            };
             let it = client.replace_pool(request).await?;
             let (pool, node, replacement) = (it.pool_id, it.node, it.replacement);
             let (shard, without_number) = (it.shard, it.without_number);
