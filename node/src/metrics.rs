@@ -48,7 +48,7 @@ const COUNTERS: [(&str, &str); 19] = [
     ("ballast_cluster_changes_total", "Changes of the cluster's state, ever, as applied here."),
 ];
 
-const GAUGES: [(&str, &str); 40] = [
+const GAUGES: [(&str, &str); 41] = [
     (
         "ballast_nbd_request_memory_bytes",
         "What clients' requests hold beyond each connection's own.",
@@ -79,6 +79,7 @@ const GAUGES: [(&str, &str); 40] = [
     ("ballast_recovery_replayed_records", "Records replayed by the last start."),
     ("ballast_recovery_replayed_bytes", "Log read by the last start."),
     ("ballast_recovery_damaged_entries", "Log entries with a damaged payload, at the last start."),
+    ("ballast_damaged_entries", "Log entries known to be damaged here and not mended yet."),
     ("ballast_recovery_torn_tail", "Whether the last start dropped a torn, unacknowledged tail."),
     ("ballast_peer_link_up", "Whether there is a link to the peer."),
     ("ballast_attachments", "Clients of this node that may write."),
@@ -127,6 +128,9 @@ impl<E: Env> Node<E> {
         clients(inner);
         peers(inner);
         volumes(inner);
+        let damaged = |group: &Group<E>| group.replica().damaged_entries().len();
+        let damaged: usize = inner.groups().iter().map(|group| damaged(group)).sum();
+        gauge!("ballast_damaged_entries").set(damaged as f64);
         gauge!("ballast_attachments").set(inner.attachments.borrow().len() as f64);
         if let Some(member) = inner.cluster.group() {
             counter!("ballast_cluster_changes_total").absolute(inner.cluster.state().revision());
