@@ -129,7 +129,7 @@ impl<E: Env> Node<E> {
         peers(inner);
         volumes(inner);
         let damaged = |group: &Group<E>| group.replica().damaged_entries().len();
-        let damaged: usize = inner.groups().iter().map(|group| damaged(group)).sum();
+        let damaged: usize = inner.groups().iter().map(damaged).sum();
         gauge!("ballast_damaged_entries").set(damaged as f64);
         gauge!("ballast_attachments").set(inner.attachments.borrow().len() as f64);
         if let Some(member) = inner.cluster.group() {
