@@ -71,6 +71,10 @@ steps! {
         LinkMounted,
         /// losetup was started.
         LoopStarted,
+        /// What the kernel's connections will be is kept.
+        ConnectionKept,
+        /// The kernel has them.
+        KernelConnected,
         /// The volume is a device.
         Attached,
         /// The volume's record says that it is being formatted.
@@ -106,6 +110,8 @@ steps! {
         LinkGrown,
         /// losetup was started, to have the loop device look.
         LoopGrowthStarted,
+        /// The kernel was told the new size.
+        SizeTold,
         /// The device has the new size.
         DeviceGrown,
         /// resize2fs or xfs_growfs was started.
@@ -128,6 +134,8 @@ steps! {
         LinkUnmounted,
         /// The link has ended.
         LinkEnded,
+        /// The kernel has let go of the connections.
+        KernelDisconnected,
         /// Nothing of the attachment is left.
         Detached,
         /// The record is gone.
@@ -139,6 +147,23 @@ steps! {
         /// The volume is deleted.
         VolumeDeleted,;
 }
+
+/// What only the kernel's NBD client comes to.
+pub const OF_KERNEL: &[Step] =
+    &[Step::ConnectionKept, Step::KernelConnected, Step::SizeTold, Step::KernelDisconnected];
+
+/// What only links come to.
+pub const OF_LINKS: &[Step] = &[
+    Step::LinkStarted,
+    Step::LinkMounted,
+    Step::LoopStarted,
+    Step::LinkTold,
+    Step::LinkGrown,
+    Step::LoopGrowthStarted,
+    Step::LoopRemoved,
+    Step::LinkUnmounted,
+    Step::LinkEnded,
+];
 
 static TO_COME: LazyLock<Mutex<BTreeSet<String>>> = LazyLock::new(|| {
     let names = std::env::var(STOP_AT).unwrap_or_default();

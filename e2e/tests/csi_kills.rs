@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use ballast_csi_shim::steps::{Call, Step};
+use ballast_csi_shim::steps::{Call, OF_KERNEL, Step};
 use ballast_csi_shim::v1::volume_capability::AccessType;
 use ballast_csi_shim::v1::volume_capability::access_mode::Mode;
 use ballast_csi_shim::v1::{NodePublishVolumeRequest, Volume, VolumeCapability};
@@ -121,9 +121,14 @@ impl Life {
     }
 }
 
-/// The steps of a call, in their order.
+/// The steps of calls here, where links attach, in their order. The kernel's are the guest's (`vm.rs`).
+fn steps() -> impl Iterator<Item = (Call, Step)> {
+    Step::ALL.iter().copied().filter(|(_, step)| !OF_KERNEL.contains(step))
+}
+
+/// Those of a call.
 fn steps_of(call: Call) -> Vec<Step> {
-    Step::ALL.iter().filter(|(of, _)| *of == call).map(|(_, step)| *step).collect()
+    steps().filter(|(of, _)| *of == call).map(|(_, step)| step).collect()
 }
 
 /// One step of each call per round, until all had their turn: with the shorter calls, none later.
@@ -179,7 +184,7 @@ fn a_driver_killed_at_any_step_goes_on_where_it_was() {
         }
         csi.assert_nothing_left();
     }
-    let of_life = Step::ALL.iter().filter(|(call, _)| LIFE.contains(call));
+    let of_life = steps().filter(|(call, _)| LIFE.contains(call));
     assert_eq!(killed, of_life.count());
 }
 
@@ -315,7 +320,7 @@ impl Growing {
     /// Where its growth can break off.
     fn steps(&self) -> Vec<(Call, Step)> {
         let of_files = |step| matches!(step, Step::GrowthStarted | Step::FileSystemGrown);
-        let all = Step::ALL.iter().copied().filter(|(call, _)| GROWTH.contains(call));
+        let all = steps().filter(|(call, _)| GROWTH.contains(call));
         all.filter(|(_, step)| !(self.is_raw() && of_files(*step))).collect()
     }
 

@@ -4,6 +4,7 @@
 mod csi_driver;
 mod guest_driver;
 
+use ballast_csi_shim::steps::{OF_KERNEL, Step};
 use ballast_csi_shim::v1::volume_capability::access_mode::Mode;
 use ballast_csi_shim::v1::volume_usage::Unit;
 use ballast_e2e::process;
@@ -102,29 +103,81 @@ fn take_down(host: InGuest, used: &Used) {
     host.end();
 }
 
+/// Of several devices at once, which the watcher repairs together.
 #[test]
 fn the_loss_of_the_serving_node_is_a_stall_and_no_error() {
     let mut host = InGuest::start("vm-loss");
-    let used = mounted_in_guest(&host);
+    let names = ["data", "more", "most"];
+    let all = names.map(|name| {
+        let used = host.create(name, 64, mounted(Mode::SingleNodeWriter, "ext4"));
+        host.stage(&used).expect("it is staged");
+        host.publish(&used, name).expect("it is published");
+        used
+    });
     for signal in [Signal::SIGKILL, Signal::SIGTERM] {
-        loses_its_node(&mut host, signal);
+        loses_its_node(&mut host, &names, signal);
     }
-    take_down(host, &used);
+    for (used, name) in all.iter().zip(names) {
+        host.unpublish(used, name).expect("it is unpublished");
+        host.finish(used);
+    }
+    host.end();
 }
 
-/// The node that serves ends by a signal, under a writer, and comes back.
+/// The node that serves these volumes, published by their names, ends by a signal, under a writer in
+/// each, and comes back.
 #[track_caller]
-fn loses_its_node(host: &mut InGuest, signal: Signal) {
-    let writer = Writer::start(host, &host.file("pod"));
+fn loses_its_node(host: &mut InGuest, names: &[&str], signal: Signal) {
+    let start = |name: &&str| Writer::start(host, &host.file(name));
+    let writers: Vec<Writer<'_>> = names.iter().map(start).collect();
     let lost = host.serving();
+    assert_eq!(host.served_by(), [lost], "one node serves all");
     let pid = host.cluster.node(lost).pid;
     host.cluster.signal(lost, signal);
     until_true("the node's end", 30, || !process::is_alive(pid));
-    writer.goes_on();
-    assert_ne!(host.serving(), lost);
-    writer.stop(&format!("{signal} of the serving node"));
+    writers.iter().for_each(Writer::goes_on);
+    assert!(!host.served_by().contains(&lost));
+    for (writer, name) in writers.iter().zip(names) {
+        writer.stop(&format!("{signal} of the serving node: {name}"));
+    }
     host.cluster.restart(lost);
-    host.cluster.wait_in_sync("data");
+    names.iter().for_each(|name| host.cluster.wait_in_sync(name));
+}
+
+/// Where only the kernel's client comes by, and around it: what is attached and kept must agree.
+#[test]
+fn a_driver_killed_at_the_kernels_steps_goes_on_where_it_was() {
+    let mut host = InGuest::start("vm-steps");
+    let rounds = [
+        [Step::ConnectionKept, Step::SizeTold, Step::Unmounted],
+        [Step::KernelConnected, Step::DeviceGrown, Step::KernelDisconnected],
+        [Step::Attached, Step::GrowthStarted, Step::Detached],
+    ];
+    assert!(OF_KERNEL.iter().all(|step| rounds.as_flattened().contains(step)));
+    for [staging, growing, unstaging] in rounds {
+        let used = host.create("data", 64, mounted(Mode::SingleNodeWriter, "ext4"));
+        let refused = "the driver was killed in it";
+        host.killed_at(staging, |csi| drop(csi.stage(&used).expect_err(refused)));
+        host.stage(&used).expect("it is staged");
+        let target = host.publish(&used, "data").expect("it is published");
+        if staging == Step::KernelConnected {
+            // Who repairs it knows what the one knew that connected it.
+            loses_its_node(&mut host, &["data"], Signal::SIGKILL);
+        }
+        host.run(&format!("dd if=/dev/urandom of={target}/kept bs=1M count=4 conv=fsync"));
+        let read = format!("echo 3 >/proc/sys/vm/drop_caches\nsha256sum <{target}/kept");
+        let sum = host.run(&read);
+        host.expand_volume(&used, 96);
+        host.killed_at(growing, |csi| drop(csi.try_expand_here(&used, 96, &target)));
+        let before = bytes_of(&host.stats(&used, &target));
+        assert_eq!(host.expand_here(&used, 96, &target), 96 * MIB);
+        assert!(bytes_of(&host.stats(&used, &target)) >= before.max(80 * MIB));
+        assert_eq!(host.run(&read), sum);
+        host.unpublish(&used, "data").expect("it is unpublished");
+        host.killed_at(unstaging, |csi| drop(csi.unstage(&used).expect_err(refused)));
+        host.finish(&used);
+    }
+    host.end();
 }
 
 #[test]
@@ -183,6 +236,59 @@ fn writes_under_a_lease_that_was_taken_away_fail_soon() {
     host.unstage(&used).expect("it is unstaged");
     host.cluster.ballastctl(1, &["lease", "release", "data", "--host", "host-2"]);
     host.delete(&used).expect("it is deleted");
+    host.end();
+}
+
+/// A pod that has a raw device still, and opens it now and then, sees errors and no other volume, whose
+/// device the kernel would give the same number.
+#[test]
+fn a_device_that_was_given_up_is_nobody_elses() {
+    let host = InGuest::start("vm-given-up");
+    let publish = |name: &str| {
+        let used = host.create(name, 16, block(Mode::SingleNodeSingleWriter));
+        host.stage(&used).expect("it is staged");
+        let pod = host.publish(&used, &format!("{name}.pod")).expect("it is published");
+        host.run(&format!(
+            "printf '%-4096s' {name} | dd of={pod} bs=4k count=1 iflag=fullblock conv=fsync,notrunc"
+        ));
+        (used, pod)
+    };
+    let holds = |pod: &str, name: &str| {
+        let read =
+            format!("echo 3 >/proc/sys/vm/drop_caches\nhead -c 20 {pod} 2>/dev/null || true");
+        host.run(&read).contains(name)
+    };
+    let number = |pod: &str| host.run(&format!("stat -c %t:%T {pod}"));
+    let (lost, pod) = publish("lost");
+    assert!(holds(&pod, "lost"));
+    let moved = ["lease", "acquire", "lost", "--host", "host-2", "--force", "--yes"];
+    host.cluster.ballastctl(2, &[&moved[..], &["--reason", "host-1 is cut off"]].concat());
+    until_true("an end of the device", 30, || !holds(&pod, "lost"));
+    let its_own = number(&pod);
+    let mut others = Vec::new();
+    for name in ["second", "third"] {
+        let (used, other) = publish(name);
+        assert_ne!(number(&other), its_own);
+        assert!(holds(&other, name) && !holds(&pod, name));
+        others.push(used);
+        if name == "second" {
+            // The next life has to know.
+            host.kill_node();
+            host.start_node();
+        }
+    }
+    for (used, name) in others.iter().zip(["second", "third"]) {
+        host.unpublish(used, &format!("{name}.pod")).expect("it is unpublished");
+        host.finish(used);
+    }
+    host.unpublish(&lost, "lost.pod").expect("it is unpublished");
+    host.unstage(&lost).expect("it is unstaged");
+    host.cluster.ballastctl(1, &["lease", "release", "lost", "--host", "host-2"]);
+    host.delete(&lost).expect("it is deleted");
+    let (used, pod) = publish("last");
+    assert_eq!(number(&pod), its_own, "nobody has it any more");
+    host.unpublish(&used, "last.pod").expect("it is unpublished");
+    host.finish(&used);
     host.end();
 }
 

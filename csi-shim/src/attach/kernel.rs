@@ -4,6 +4,7 @@
 //! connection is lost. Then requests wait (`DEAD_CONNECTION_SECONDS`), and the watcher here gives the kernel a
 //! connection to another server (`watch`). What is attached is told by each device's `backend` in /sys.
 
+mod given_up;
 mod grow;
 mod kept;
 mod sockets;
@@ -24,6 +25,8 @@ use crate::host::{HostError, disks, files, poll, tools, within};
 use crate::limits::{
     ANSWER_TIME, DEAD_CONNECTION_SECONDS, DEVICE_TIME, NOTICE_TIME, OPEN_TIME, REQUEST_SECONDS,
 };
+use crate::steps::{self, Step};
+use given_up::{GivenUp, disconnect_of};
 use kept::Kept;
 use sockets::{NotOpen, Opened};
 use sysfs::{backend, devices, path_of};
@@ -57,6 +60,7 @@ struct Shared {
     folder: PathBuf,
     /// The devices that this life of the process has touched.
     held: Mutex<BTreeMap<u32, Arc<Mutex<Streams>>>>,
+    given_up: GivenUp,
     /// Connections that a device is to have.
     connections: u16,
     is_deleted: IsDeleted,
@@ -92,8 +96,8 @@ impl KernelAttacher {
         };
         let notices =
             Family::open(FAMILY).and_then(|family| family.listen(NOTICES)).map_err(none)?;
-        let held = Mutex::default();
-        let shared = Arc::new(Shared { folder, held, connections, is_deleted });
+        let (held, given_up) = (Mutex::default(), GivenUp::in_earlier_lives(&folder));
+        let shared = Arc::new(Shared { folder, held, given_up, connections, is_deleted });
         let watcher = Arc::clone(&shared);
         std::thread::spawn(move || watch::watch(&watcher, &notices));
         Ok(KernelAttacher { shared })
@@ -136,33 +140,22 @@ impl Shared {
             opened.attributes(),
         ]
         .concat();
+        let kept = Kept { addresses: attachment.addresses.clone(), ..of_opened(&opened)? };
+        kept.write(&self.folder, &attachment.volume_id)?;
+        self.given_up.let_go(&attachment.volume_id);
+        steps::reached(Step::ConnectionKept);
         let mut family = Family::open(FAMILY).map_err(refused("be asked"))?;
         let answer = family.ask(CONNECT, &request).map_err(refused("connect"))?;
+        steps::reached(Step::KernelConnected);
         let index = netlink::find(&answer, INDEX).and_then(|index| index.try_into().ok());
         let index = index.map(u32::from_le_bytes);
         let index = index.ok_or_else(|| refused("name its device")(Errno::EPROTO))?;
-        self.keep(&mut locked(&self.device(index)), attachment, opened)?;
+        *locked(&self.device(index)) = opened.into_streams().map_err(unknown)?;
         Ok(index)
     }
 
     fn device(&self, index: u32) -> Arc<Mutex<Streams>> {
         Arc::clone(locked(&self.held).entry(index).or_default())
-    }
-
-    /// Keeps what a later change, in this life or the next, hangs up with.
-    fn keep(
-        &self,
-        streams: &mut Streams,
-        attachment: &Attachment,
-        opened: Opened,
-    ) -> Result<(), HostError> {
-        let server = opened.server().cloned();
-        let unknown = |error: std::io::Error| HostError::Unexpected(error.to_string());
-        *streams = opened.into_streams().map_err(unknown)?;
-        let locals: Result<Vec<_>, _> = streams.iter().map(TcpStream::local_addr).collect();
-        let locals = locals.map_err(unknown)?.iter().map(ToString::to_string).collect();
-        let kept = Kept { addresses: attachment.addresses.clone(), locals, server };
-        kept.write(&self.folder, &attachment.volume_id)
     }
 
     /// Ends a device's connections from this side: the kernel then asks on the next ones what had no
@@ -209,6 +202,9 @@ impl Shared {
                 }
                 Err(NotOpen::NoVolume(_) | NotOpen::Yet(_)) => return None,
             };
+            if let Err(error) = self.keep_more(attachment, &opened) {
+                return Some(Err(error));
+            }
             if reconfigure(index, attachment, opened.attributes()).is_ok()
                 && can_be_read(&path_of(index), 0, ANSWER_TIME)
             {
@@ -219,11 +215,12 @@ impl Shared {
         });
         let opened = match connected {
             Some(Ok(opened)) => opened,
-            Some(Err(error)) => {
-                tracing::error!(index, %error, "given up: every request fails from now on");
-                disconnect(index)?;
-                return Err(error);
+            Some(Err(over @ (HostError::LeaseOver(_) | HostError::VolumeDeleted(_)))) => {
+                tracing::error!(index, error = %over, "given up: every request fails from now on");
+                self.given_up.add(&self.folder, &attachment.volume_id, index)?;
+                return Err(over);
             }
+            Some(Err(error)) => return Err(error),
             None => {
                 let what = format!("the new connection of {}", path_of(index).display());
                 return Err(HostError::Slow { what, after: time });
@@ -231,8 +228,28 @@ impl Shared {
         };
         let size = number(SIZE_BYTES, opened.size());
         reconfigure(index, attachment, size).map_err(refused("take a new size"))?;
-        self.keep(streams, attachment, opened)
+        let kept = Kept { addresses: attachment.addresses.clone(), ..of_opened(&opened)? };
+        kept.write(&self.folder, &attachment.volume_id)?;
+        *streams = opened.into_streams().map_err(unknown)?;
+        Ok(())
     }
+
+    /// Keeps the near ends of what the kernel is about to be given, beside those that it may have.
+    fn keep_more(&self, attachment: &Attachment, opened: &Opened) -> Result<(), HostError> {
+        let mut kept = Kept::read(&self.folder, &attachment.volume_id);
+        kept.locals.extend(of_opened(opened)?.locals);
+        kept.write(&self.folder, &attachment.volume_id)
+    }
+}
+
+/// What is kept of these connections.
+fn of_opened(opened: &Opened) -> Result<Kept, HostError> {
+    let (locals, server) = (opened.locals().map_err(unknown)?, opened.server().cloned());
+    Ok(Kept { locals, server, ..Kept::default() })
+}
+
+fn unknown(error: std::io::Error) -> HostError {
+    HostError::Unexpected(error.to_string())
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -305,13 +322,15 @@ impl Attacher for KernelAttacher {
     fn abort(&self, attachment: &Attachment) -> Result<(), HostError> {
         let of_volume = format!("ballast/{}/", attachment.volume_id);
         for (index, _) in devices().iter().filter(|(_, it)| it.starts_with(&of_volume)) {
-            disconnect(*index)?;
+            disconnect_of(&attachment.volume_id, *index)?;
         }
         Ok(())
     }
 
     fn detach(&self, attachment: &Attachment) -> Result<(), HostError> {
         self.abort(attachment)?;
+        self.shared.given_up.let_go(&attachment.volume_id);
+        steps::reached(Step::KernelDisconnected);
         let gone = || matches!(self.state(attachment), Ok(State::None)).then_some(());
         poll(DEVICE_TIME, gone).ok_or_else(|| HostError::Slow {
             what: format!("the disconnection of {}", attachment.export),

@@ -3,6 +3,7 @@
 
 use std::ops::Deref;
 
+use ballast_csi_shim::steps::{self, Step};
 use ballast_csi_shim::v1::NodeGetInfoRequest;
 use ballast_e2e::cluster::{Cluster, Node, Options};
 use ballast_e2e::process;
@@ -57,6 +58,14 @@ impl InGuest {
     /// Starts the node's service and waits until it answers. Its log goes to the guest's console.
     #[track_caller]
     pub fn start_node(&self) {
+        self.start_node_stopping_at(None);
+    }
+
+    /// As [`InGuest::start_node`], one that stops itself at this step.
+    #[track_caller]
+    pub fn start_node_stopping_at(&self, step: Option<Step>) {
+        let stop_at = step.map(|step| format!("export {}={step:?};", steps::STOP_AT));
+        let stop_at = stop_at.unwrap_or_default();
         let list = |address: fn(&Node) -> &str| {
             let addresses = self.cluster.nodes();
             let addresses: Vec<&str> = addresses.iter().map(address).collect();
@@ -67,7 +76,7 @@ impl InGuest {
         let (state, pid) = (self.file("state"), self.file("node.pid"));
         self.run(&format!(
             "mkdir -p {state}
-            sh -c 'echo $$ >{pid}; exec ballast-csi --mode node --endpoint unix:///run/csi.sock \
+            sh -c '{stop_at} echo $$ >{pid}; exec ballast-csi --mode node --endpoint unix:///run/csi.sock \
                 --ballast {daemons} --node-id {HOST} --state-dir {state} --nbd kernel \
                 --nbd-address {nbd}' 2>&1 | cat >/dev/console &"
         ));
@@ -86,6 +95,24 @@ impl InGuest {
             kill -9 $pid
             while [ -e /proc/$pid/exe ]; do usleep 10000; done"
         ));
+    }
+
+    /// Makes a call, kills the node's service where it stops itself in it, and starts another one.
+    #[track_caller]
+    pub fn killed_at(&self, step: Step, call: impl FnOnce(&Driver) + Send) {
+        self.kill_node();
+        self.start_node_stopping_at(Some(step));
+        let state = format!("grep State: /proc/$(cat {})/status", self.file("node.pid"));
+        let driver = &self.driver;
+        std::thread::scope(|scope| {
+            let caller = scope.spawn(move || call(driver));
+            until_true("the step", 60, || {
+                assert!(!caller.is_finished(), "the call ended without {step:?}");
+                self.run(&state).contains("T (stopped)")
+            });
+            self.kill_node();
+        });
+        self.start_node();
     }
 
     /// What the guest wrote on its console so far: the node's service logs there.
@@ -150,6 +177,8 @@ pub struct Writer<'a> {
     file: String,
     /// A line after each block, with its number and the time.
     log: String,
+    /// A file that ends it.
+    stop: String,
 }
 
 impl Writer<'_> {
@@ -157,7 +186,7 @@ impl Writer<'_> {
     #[track_caller]
     pub fn start<'a>(host: &'a InGuest, folder: &str) -> Writer<'a> {
         let (file, log, stop) =
-            (format!("{folder}/blocks"), host.file("writer.log"), host.file("writer.stop"));
+            (format!("{folder}/blocks"), format!("{folder}.log"), format!("{folder}.stop"));
         host.run(&format!(
             "dmesg -c >/dev/null
             rm -f {file} {log} {stop}
@@ -174,7 +203,7 @@ impl Writer<'_> {
                 echo stopped >>{log}
             }} >/dev/console 2>&1 &"
         ));
-        let writer = Writer { host, file, log };
+        let writer = Writer { host, file, log, stop };
         writer.goes_on();
         writer
     }
@@ -203,7 +232,7 @@ impl Writer<'_> {
     /// what was written.
     #[track_caller]
     pub fn stop(&self, what: &str) {
-        self.host.run(&format!("touch {}", self.host.file("writer.stop")));
+        self.host.run(&format!("touch {}", self.stop));
         until_true("the writer's end", 60, || {
             self.log().last().is_some_and(|line| line == "stopped" || line == "failed")
         });

@@ -10,6 +10,7 @@ use super::sysfs::{self, path_of};
 use super::{BLOCK, Kept, SIZE_BYTES, Shared, Streams, can_be_read, locked, number, reconfigure};
 use crate::host::{HostError, disks, poll};
 use crate::limits::{ANSWER_TIME, DEVICE_TIME};
+use crate::steps::{self, Step};
 
 /// What came of a growth without new connections.
 enum Grown {
@@ -87,6 +88,7 @@ impl Shared {
         if let Err(error) = reconfigure(index, attachment, number(SIZE_BYTES, size)) {
             return Grown::Not(format!("the kernel takes no size alone ({error})"));
         }
+        steps::reached(Step::SizeTold);
         if !can_be_read(&device, size - BLOCK, ANSWER_TIME) {
             return Grown::Not("its new end can't be read".to_owned());
         }

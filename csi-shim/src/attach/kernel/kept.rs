@@ -5,15 +5,19 @@ use std::path::Path;
 use crate::context::{Address, parse_addresses};
 use crate::host::{HostError, files};
 
-/// Three lines of text; what an earlier version of the driver wrote has no third.
-#[derive(Debug, Default, PartialEq, Eq)]
+/// Four lines of text; what an earlier version of the driver wrote has two or three.
+///
+/// Written before the kernel is told, so that whatever it has was kept.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Kept {
     /// Where the volume is served.
     pub(super) addresses: Vec<Address>,
-    /// The near ends of its connections.
+    /// The near ends of its connections, and of those that it may have.
     pub(super) locals: Vec<String>,
     /// The server that they lead to, if that is known.
     pub(super) server: Option<Address>,
+    /// The device, if it was given up (`pins`).
+    pub(super) given_up: Option<u32>,
 }
 
 impl Kept {
@@ -31,7 +35,8 @@ impl Kept {
     fn text(&self) -> String {
         let addresses: Vec<&str> = self.addresses.iter().map(Address::as_str).collect();
         let server = self.server.as_ref().map_or("", Address::as_str);
-        format!("{}\n{}\n{server}\n", addresses.join(","), self.locals.join(","))
+        let given_up = self.given_up.map(|index| index.to_string()).unwrap_or_default();
+        format!("{}\n{}\n{server}\n{given_up}\n", addresses.join(","), self.locals.join(","))
     }
 
     fn parse(text: &str) -> Kept {
@@ -41,7 +46,8 @@ impl Kept {
         let locals = line().split(',').filter(|local| !local.is_empty());
         let locals = locals.map(str::to_owned).collect();
         let server = parse_addresses(line()).ok().and_then(|mut server| server.pop());
-        Kept { addresses, locals, server }
+        let given_up = line().parse().ok();
+        Kept { addresses, locals, server, given_up }
     }
 }
 
@@ -54,11 +60,13 @@ mod tests {
         let addresses = parse_addresses("10.0.0.1:10809,10.0.0.2:10809").unwrap();
         let locals = vec!["10.0.0.9:4000".to_owned(), "10.0.0.9:4001".to_owned()];
         let server = addresses.last().cloned();
-        let kept = Kept { addresses, locals, server };
+        let kept = Kept { addresses, locals, server, given_up: Some(7) };
         assert_eq!(Kept::parse(&kept.text()), kept);
-        let (earlier, _) =
-            kept.text().trim_end().rsplit_once('\n').map(|(a, b)| (a.to_owned(), b.len())).unwrap();
-        assert_eq!(Kept::parse(&earlier), Kept { server: None, ..kept });
+        let none = Kept { given_up: None, ..kept.clone() };
+        assert_eq!(Kept::parse(&none.text()), none);
+        let earlier = |lines| kept.text().lines().take(lines).collect::<Vec<&str>>().join("\n");
+        assert_eq!(Kept::parse(&earlier(3)), none);
+        assert_eq!(Kept::parse(&earlier(2)), Kept { server: None, ..none });
         assert_eq!(Kept::parse(""), Kept::default());
     }
 }

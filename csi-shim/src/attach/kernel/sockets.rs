@@ -141,6 +141,12 @@ impl Opened {
         self.0.first().map(|export| &export.address)
     }
 
+    /// The near ends.
+    pub(super) fn locals(&self) -> std::io::Result<Vec<String>> {
+        let local = |export: &Export| Ok(export.stream.local_addr()?.to_string());
+        self.0.iter().map(local).collect()
+    }
+
     /// Transmission flags.
     pub(super) fn flags(&self) -> u16 {
         self.0.first().map_or(0, |export| export.flags)

@@ -102,7 +102,10 @@ impl Shared {
             // It is being changed: afterwards is early enough to look.
             Err(TryLockError::WouldBlock) => return Some(what),
         };
-        ours(index)?;
+        let (volume_id, _) = ours(index)?;
+        if self.given_up.has(&volume_id) {
+            return None;
+        }
         if what == ToDo::Look && !is_lost(index, &streams) {
             return None;
         }
@@ -144,6 +147,9 @@ impl Shared {
     /// it for a while.
     fn widen(&self, index: u32, narrow: &mut BTreeMap<u32, Narrow>) {
         let Some((volume_id, export)) = ours(index) else { return };
+        if self.given_up.has(&volume_id) {
+            return;
+        }
         let held = self.device(index);
         let Ok(mut streams) = held.try_lock() else { return };
         let has = match streams.len() {
