@@ -9,7 +9,7 @@ use ballast_csi_shim::v1::volume_usage::Unit;
 use ballast_e2e::process::{output, run};
 use csi_driver::{Csi, MIB, Used, block, bytes_of, code, is_mounted, may_grow_ext4, mounted};
 use nix::sys::signal::Signal;
-use tonic::Code;
+use tonic::{Code, Status};
 
 /// What csi-sanity may skip, by what its names hold: exactly what the driver does not advertise, and
 /// two tests that need csi-sanity to know more than a driver tells.
@@ -159,7 +159,32 @@ fn a_raw_device_grows_and_a_single_publisher_is_single() {
 /// never-format-data, at the driver's end.
 #[test]
 fn a_volume_whose_superblock_is_destroyed_is_refused_and_never_formatted() {
-    let csi = Csi::start("csi-superblock");
+    let zeroes = |_: &Csi, uri: &str| {
+        run("qemu-io", &["-f", "raw", "-c", "write -z 0 64k", uri]);
+    };
+    let refused = refused_while_spoilt("csi-superblock", zeroes);
+    assert_eq!(refused.code(), Code::FailedPrecondition, "{refused:?}");
+    assert!(refused.message().contains("not formatted"), "{refused:?}");
+}
+
+/// A probe that can't tell is no reason to format either: here it sees two file systems.
+#[test]
+fn a_volume_whose_probe_fails_is_refused_and_never_formatted() {
+    let refused = refused_while_spoilt("csi-probe", |csi, uri| {
+        let other = csi.file("other");
+        run("truncate", &["--size=320M", &other]);
+        run("mkfs.xfs", &["-q", "-f", &other]);
+        run("bash", &["-c", &format!("head -c 512 '{other}' | nbdcopy --flush - '{uri}'")]);
+    });
+    assert!(refused.message().contains("blkid"), "{refused:?}");
+    assert!(refused.message().contains("more filesystems"), "{refused:?}");
+}
+
+/// Spoils the beginning of a file system between two stages, and returns the refusal of the second. What
+/// was there is untouched.
+#[track_caller]
+fn refused_while_spoilt(test: &str, spoil: impl FnOnce(&Csi, &str)) -> Status {
+    let csi = Csi::start(test);
     let used = csi.create("data", 64, mounted(Mode::SingleNodeWriter, "ext4"));
     csi.stage(&used).expect("it is staged");
     fs::write(format!("{}/precious", used.staging), "precious").expect("a file can be written");
@@ -169,13 +194,11 @@ fn a_volume_whose_superblock_is_destroyed_is_refused_and_never_formatted() {
     let uri = format!("{}/data@lease={epoch}", csi.cluster.node(1).nbd.trim_end_matches('/'));
     let copy = csi.file("superblock");
     run("bash", &["-c", &format!("nbdcopy '{uri}' - | head -c 65536 >'{copy}'")]);
-    run("qemu-io", &["-f", "raw", "-c", "write -z 0 64k", &uri]);
-    for _ in 0..2 {
-        let refused = csi.stage(&used).expect_err("there is nothing that can be seen");
-        assert_eq!(refused.code(), Code::FailedPrecondition, "{refused:?}");
-        assert!(refused.message().contains("not formatted"), "{refused:?}");
-        assert!(!is_mounted(&used.staging));
-    }
+    spoil(&csi, &uri);
+    let refused = csi.stage(&used).expect_err("nobody can tell what it is");
+    let again = csi.stage(&used).expect_err("nor the second time");
+    assert_eq!((again.code(), again.message()), (refused.code(), refused.message()));
+    assert!(!is_mounted(&used.staging));
     csi.unstage(&used).expect("half a stage is undone");
     run("bash", &["-c", &format!("nbdcopy --flush '{copy}' '{uri}'")]);
     csi.stage(&used).expect("what was there is there again");
@@ -183,6 +206,7 @@ fn a_volume_whose_superblock_is_destroyed_is_refused_and_never_formatted() {
     assert_eq!(precious.expect("it is there"), "precious");
     csi.finish(&used);
     csi.assert_nothing_left();
+    refused
 }
 
 #[test]

@@ -153,6 +153,55 @@ fn content(
     content_under(cluster, volume, content, fs_type, 0).expect("it answers")
 }
 
+/// What a caller knew is named in its requests: one that is carried out after its caller gave it up must
+/// not undo what came later.
+#[test]
+fn a_late_request_is_refused_by_what_its_caller_saw() {
+    let cluster = small("leases-late");
+    let seen = || {
+        let request = || api::GetVolumeRequest { volume: "demo".into() };
+        let answer = cluster.ask(2, async |admin| admin.get_volume(request()).await);
+        let volume = answer.expect("node 2 runs").expect("it is there").into_inner().volume;
+        volume.expect("a volume").lease_revision
+    };
+    let acquire_late = |host: &str, seen_lease_revision| {
+        let request = || api::AcquireLeaseRequest {
+            volume: "demo".into(),
+            host: host.into(),
+            mode: api::LeaseMode::SingleNodeWriter.into(),
+            force: true,
+            reason: "its host was cut off".into(),
+            seen_lease_revision,
+            ..Default::default()
+        };
+        let answer = cluster.ask(3, async |admin| admin.acquire_lease(request()).await);
+        answer.expect("node 3 runs").map(drop).map_err(|refused| refused.code())
+    };
+    let release_late = |host: &str, seen_lease_revision| {
+        let (volume, host) = ("demo".to_owned(), host.to_owned());
+        let request = api::ReleaseLeaseRequest { volume, host, epoch: 0, seen_lease_revision };
+        let answer = cluster.ask(3, async |admin| admin.release_lease(request.clone()).await);
+        let answer = answer.expect("node 3 runs").map_err(|refused| refused.code());
+        answer.map(|answer| answer.into_inner().released)
+    };
+    let before = seen();
+    assert_eq!(acquire_late("host-1", before), Ok(()));
+    let held_by_first = seen();
+    acquire(&cluster, 1, &["--host", "host-2", "--force", "--yes", "--reason", "it is dead"]);
+    let aborted = tonic::Code::Aborted;
+    assert_eq!(acquire_late("host-1", held_by_first), Err(aborted));
+    assert_eq!(release_late("host-2", held_by_first), Err(aborted));
+    assert_eq!(acquire_late("host-3", before), Err(aborted));
+    let leases = cluster.ballastctl(1, &["lease", "list"]);
+    assert!(leases.contains("host-2") && !leases.contains("host-1"), "{leases}");
+
+    let held_by_second = seen();
+    assert_eq!(release_late("host-2", held_by_second), Ok(true));
+    // The release itself is such a step: what was asked before it is late now.
+    assert_eq!(acquire_late("host-2", held_by_second), Err(aborted));
+    assert_eq!(acquire_late("host-2", seen()), Ok(()));
+}
+
 fn content_under(
     cluster: &Cluster,
     volume: &str,
