@@ -1,7 +1,9 @@
 //! Five nodes: volumes of one, three and five replicas, and the loss of two nodes at once.
 
+use ballast_api::v1 as api;
 use ballast_e2e::cluster::{Cluster, Options};
 use ballast_e2e::process::{output, run};
+use ballast_e2e::wait::until_true;
 
 /// The URI of a volume at a node.
 fn uri(cluster: &Cluster, node: u32, volume: &str) -> String {
@@ -50,6 +52,51 @@ fn five_replicas_survive_the_loss_of_two_nodes() {
     for node in 1..=5 {
         read(&cluster, node, "of5", 0x22, "1M");
     }
+}
+
+/// Nodes that are down get no replica of a new volume, as long as others are there, and a pool is not
+/// given up while a volume has no majority in sync without it.
+#[test]
+fn nodes_that_are_down_are_passed_by_and_what_is_left_is_not_given_up() {
+    let more = vec!["--pool-size".into(), "384MiB".into()];
+    let mut cluster = Cluster::with("five-down", &Options { nodes: 5, volume_mib: 64, more });
+    let mut holders: Vec<u32> = cluster.replicas("demo").iter().map(|one| one.node).collect();
+    holders.sort_unstable();
+    let [first, second, kept] = holders[..] else { panic!("three replicas: {holders:?}") };
+    write(&cluster, kept, "demo", 0x33, "0");
+    let down = [first, second];
+    down.iter().for_each(|&node| cluster.kill(node));
+    let asked = (1..=5).find(|node| !holders.contains(node)).expect("five nodes");
+    let gone = |node: &u32| {
+        let request = || api::ListNodesRequest {};
+        let nodes = cluster.ask(asked, async |admin| admin.list_nodes(request()).await);
+        let nodes = nodes.expect("it runs").expect("it answers").into_inner().nodes;
+        nodes.iter().any(|it| it.id == *node && it.liveness() == api::NodeLiveness::Down)
+    };
+    until_true("the word that both are down", 30, || down.iter().all(gone));
+    for name in ["new-1", "new-2", "new-3"] {
+        let create = ["volume", "create", name, "--size", "64MiB", "--replicas", "3", "--wait"];
+        cluster.ballastctl(asked, &create);
+        let nodes: Vec<u32> = cluster.replicas(name).iter().map(|one| one.node).collect();
+        assert!(nodes.len() == 3 && !nodes.iter().any(|node| down.contains(node)), "{nodes:?}");
+        write(&cluster, asked, name, 0x44, "0");
+    }
+
+    let program = ballast_e2e::scratch::program("ballastctl").display().to_string();
+    let (grpc, node) = (cluster.node(asked).grpc, first.to_string());
+    let replace = ["--endpoint", &grpc, "pool", "replace", "--yes", "--node", &node];
+    let refused = output(&program, &replace);
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    let says = "1 of the 3 replicas of volume \"demo\" are in sync";
+    assert!(!refused.status.success() && text.contains(says), "{text}");
+    // With one of them back the other one can be missed.
+    cluster.restart(second);
+    until_true("two replicas in sync", 60, || {
+        let replicas = cluster.replicas("demo");
+        replicas.iter().filter(|it| it.node != first && it.live && it.in_sync).count() == 2
+    });
+    cluster.ballastctl(asked, &replace[2..]);
+    read(&cluster, asked, "demo", 0x33, "0");
 }
 
 #[test]
