@@ -18,6 +18,12 @@ pub enum PlantedBug {
     LiveBlockFreed,
     /// A checkpoint does not wait for what it covers to be durable (hazard F7).
     EarlyCheckpoint,
+    /// That a volume is being formatted is bound to nobody: what another host wrote meanwhile is no
+    /// reason to refuse that it begins again.
+    LooseFormatting,
+    /// The epochs of leases begin anew with each volume, so also with one that has the name of one that
+    /// was deleted.
+    EpochsAnew,
 }
 
 /// Whether a bug is planted in this environment.

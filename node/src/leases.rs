@@ -12,6 +12,7 @@ use std::time::Duration;
 use ballast_block::{Epoch, FamilyId, NodeId, VolumeId};
 use ballast_cluster::{Lease, LeaseMode, Volume};
 use ballast_env::Env;
+use ballast_env::planted::PlantedBug;
 use ballast_volume::command::{
     FamilyCommand, FamilyReplyV1, GrantV1, ResizeV1, SetContentUnderV1, SetContentV1, SetLeasesV1,
     refusal,
@@ -271,7 +272,11 @@ async fn say<E: Env>(
         // The holder may have heard of its lease before this node.
         is_in_force(inner, member, Epoch(epoch)).await?;
     }
-    member.control(FamilyCommand::SayContent(SetContentUnderV1 { content, epoch })).await
+    let said = SetContentUnderV1 { content, epoch };
+    if inner.env.is_planted(PlantedBug::LooseFormatting) && epoch != 0 {
+        return member.control(FamilyCommand::SetContentUnder(said)).await;
+    }
+    member.control(FamilyCommand::SayContent(said)).await
 }
 
 /// Proposes the size and the leases that this node knows of, where the family has older ones. For

@@ -9,6 +9,7 @@ use std::time::Duration;
 use ballast_block::{Epoch, VolumeId};
 use ballast_cluster::{AcquireLease, Command, Lease, LeaseMode, Volume, VolumePhase};
 use ballast_env::Env;
+use ballast_env::planted::PlantedBug;
 use ballast_volume::content::Content;
 
 use crate::admin::AdminError;
@@ -72,7 +73,7 @@ impl<E: Env> Node<E> {
             force: by_force.is_some(),
             reason: by_force.unwrap_or_default(),
             at_ms: self.inner.env.wall_ms(),
-            unique_epoch: true,
+            unique_epoch: !self.inner.env.is_planted(PlantedBug::EpochsAnew),
             seen_revision,
         });
         let volume = self.propose_about_volume(&command).await?;

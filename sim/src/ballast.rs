@@ -13,8 +13,8 @@ use ballast_block::limits::{
     APPEND_BYTES_MAX, FAMILY_INFLIGHT_BYTES_MAX, LOG_CACHE_BYTES_MAX, MAP_DELTA_BYTES_MAX,
     PEER_QUEUE_BYTES_MAX, TRANSFER_BYTES_MAX,
 };
-use ballast_block::{BlockRange, ClusterId, Epoch, NodeId, ReplicaId, ShardId};
-use ballast_cluster::LeaseMode;
+use ballast_block::{BlockRange, ClusterId, Epoch, NodeId, ReplicaId, ShardId, VolumeId};
+use ballast_cluster::{LeaseMode, Volume};
 use ballast_env::clock::Clock;
 use ballast_env::network::Address;
 use ballast_env::spawn::Spawn;
@@ -30,9 +30,11 @@ use futures_util::FutureExt;
 use tokio::sync::oneshot;
 use tokio::task::LocalSet;
 
+use crate::claim::{self, Claim};
 use crate::env::SimEnv;
 use crate::host::workload::Lessor;
 use crate::machine::ip_of;
+use crate::rng::Rng;
 use crate::system::{ReplicaView, System, VolumeView};
 use crate::world::World;
 
@@ -204,7 +206,7 @@ pub fn pool_of(shard: ShardId) -> PathBuf {
     }
 }
 
-/// The name of a volume, by its place in the system's list.
+/// The name of a volume, by its place in the system's list; behind those, of a claim.
 pub fn volume_name(index: usize) -> String {
     format!("vol-{index}")
 }
@@ -302,7 +304,7 @@ impl System for Ballast {
         let (answer, this) = (found.clone(), self.clone());
         machine.inject(async move {
             let mut views = Vec::new();
-            for volume in 0..this.0.sizes.volumes {
+            for volume in 0..this.0.sizes.volumes + this.0.sizes.claims {
                 views.extend(this.replica(id, volume).await);
             }
             answer.replace(Some(views));
@@ -324,12 +326,18 @@ impl System for Ballast {
     fn lessor(&self, world: &World, volume: usize) -> Option<Lessor> {
         let (this, world, rng) = (self.clone(), world.clone(), world.rng("lessor", volume as u64));
         Some(Rc::new(move |host: &str| {
-            let through = NodeId(rng.between(1, u64::from(this.0.sizes.nodes)) as u32);
+            let through = this.any_node(&rng);
             let (mode, by_force) = (LeaseMode::SingleNodeWriter, Some("it moves".to_owned()));
             let (host, seen_revision) = (host.to_owned(), None);
             let ask = LeaseAsk { host, mode, read_only: false, by_force, seen_revision };
             this.clone().lease(world.clone(), through, volume, ask).boxed_local()
         }))
+    }
+
+    fn claims(&self, world: &World) -> Vec<Rc<Claim>> {
+        let first = self.0.sizes.volumes;
+        let indices = first..first + self.0.sizes.claims;
+        indices.map(|index| Claim::new(self.clone(), world, index)).collect()
     }
 
     fn nodes(&self) -> u32 {
@@ -371,7 +379,8 @@ fn damage_on(node: &Node<SimEnv>) -> Option<String> {
 
 fn over_limit_on(node: &Node<SimEnv>, sizes: Sizes, calm: bool) -> Option<String> {
     let stats = node.pool().stats();
-    let families = sizes.volumes as u64 + 1;
+    // Of what is claimed one may be deleted while the next one is there.
+    let families = (sizes.volumes + 2 * sizes.claims) as u64 + 1;
     // What may be proposed while the log is being trimmed comes on top.
     let retained = families * (sizes.retention_bytes + FAMILY_INFLIGHT_BYTES_MAX as u64);
     let pending = families as usize * (UNFLUSHED_REQUESTS_MAX * APPEND_BYTES_MAX);
@@ -403,15 +412,42 @@ impl Ballast {
         volume: usize,
         ask: LeaseAsk,
     ) -> Option<Epoch> {
+        let shard = self.shard_of(through, volume)?;
+        let name = volume_name(volume);
+        let taken = self.call(&world, through, shard, move |node| async move {
+            node.acquire_lease(&name, ask).await
+        });
+        taken.await?.ok().map(|(_, lease)| lease.epoch)
+    }
+
+    /// Runs a call on a shard of a node, as an administrator's; nothing when it does not run, or dies
+    /// meanwhile. Goes on there when nobody waits any more.
+    pub async fn call<T: 'static, F: Future<Output = T> + 'static>(
+        &self,
+        world: &World,
+        through: NodeId,
+        shard: ShardId,
+        call: impl FnOnce(Node<SimEnv>) -> F,
+    ) -> Option<T> {
         let machine = world.machine(through).filter(|machine| machine.is_running())?;
-        let node = self.shard(through, self.shard_of(through, volume)?)?;
+        let called = call(self.shard(through, shard)?);
         let (answer, answered) = oneshot::channel();
         machine.inject(async move {
-            let taken = node.acquire_lease(&volume_name(volume), ask).await;
-            let _ = answer.send(taken.ok().map(|(_, lease)| lease.epoch));
+            let _ = answer.send(called.await);
         });
         // A node that dies meanwhile drops what would answer.
-        answered.await.ok().flatten()
+        answered.await.ok()
+    }
+
+    /// A volume as the node that runs on machine `id` knows it.
+    pub fn known_to(&self, id: NodeId, volume: VolumeId) -> Option<Volume> {
+        let node = self.running_shards(id).into_iter().next()?;
+        node.cluster_state().volume(volume).cloned()
+    }
+
+    /// Any of the nodes.
+    pub fn any_node(&self, rng: &Rng) -> NodeId {
+        NodeId(rng.between(1, u64::from(self.0.sizes.nodes)) as u32)
     }
 
     async fn replica(&self, id: NodeId, volume: usize) -> Option<ReplicaView> {
@@ -420,7 +456,9 @@ impl Ballast {
             return None;
         }
         let applied = family.group().applied_id()?.1;
-        let digest = digest(&family, self.0.sizes.volume_blocks).await?;
+        let is_claimed = volume >= self.0.sizes.volumes;
+        let blocks = if is_claimed { claim::USED_BLOCKS } else { self.0.sizes.volume_blocks };
+        let digest = digest(&family, blocks).await?;
         // What was applied while the blocks were read would make the digest one of no position.
         (family.group().applied_id()?.1 == applied).then_some(ReplicaView {
             volume,

@@ -6,12 +6,15 @@
 //! random majority comes back, and every block is read again), *compare* (replicas at one log
 //! position have one content).
 
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::rc::Rc;
 
 use ballast_block::NodeId;
 use thiserror::Error;
 
+use crate::claim::{Claim, USED_BLOCKS};
 use crate::host::workload::Host;
 use crate::machine::{Crash, MachineOptions};
 use crate::nemesis::{Nemesis, start_if_down};
@@ -23,6 +26,9 @@ use crate::world::{World, run};
 
 /// First machine number of hosts.
 const HOSTS: u32 = 1_000;
+
+/// First machine number of hosts of claims.
+const CLAIMANTS: u32 = 2_000;
 
 /// How long replicas are compared before a rotten one is left out, in milliseconds of virtual time.
 const ROTTEN_MS: u64 = 15_000;
@@ -145,9 +151,12 @@ struct Cluster<S> {
     plan: Plan,
     nodes: Vec<NodeId>,
     oracle: Rc<Oracle>,
-    hosts: std::cell::RefCell<Vec<(NodeId, Rc<Host>)>>,
+    hosts: RefCell<Vec<(NodeId, Rc<Host>)>>,
+    claims: Vec<Rc<Claim>>,
+    /// Machines of their hosts.
+    claimants: RefCell<Vec<NodeId>>,
     /// No disk was harmed so far: damage would be our own.
-    unharmed: std::cell::Cell<bool>,
+    unharmed: Cell<bool>,
 }
 
 impl<S: System> Cluster<S> {
@@ -164,7 +173,8 @@ impl<S: System> Cluster<S> {
             world.add_machine(*id, options);
         }
         let (oracle, hosts, unharmed) = (Rc::default(), Default::default(), true.into());
-        Self { system, world, plan, nodes, oracle, hosts, unharmed }
+        let (claims, claimants) = (system.claims(&world), RefCell::default());
+        Self { system, world, plan, nodes, oracle, hosts, claims, claimants, unharmed }
     }
 
     async fn phases(&self) -> Result<(), Failure> {
@@ -184,6 +194,7 @@ impl<S: System> Cluster<S> {
         let rotten = nemesis.rotten();
         self.unharmed.set(rotten.is_none());
         self.liveness().await?;
+        self.add_claim_readers();
         self.read_back("read back").await?;
         self.power_loss(rotten).await?;
         self.compare(rotten).await?;
@@ -192,7 +203,8 @@ impl<S: System> Cluster<S> {
 
     fn nemesis(&self) -> Nemesis<S> {
         let hosts = self.hosts.borrow().clone();
-        let machines = hosts.iter().map(|(id, _)| *id).collect();
+        let mut machines: Vec<NodeId> = hosts.iter().map(|(id, _)| *id).collect();
+        machines.extend(self.claimants.borrow().iter().copied());
         let answered = move || hosts.iter().map(|(_, host)| host.answered()).sum();
         let (system, world) = (self.system.clone(), self.world.clone());
         let (nodes, faults) = (self.nodes.clone(), self.plan.faults.clone());
@@ -218,6 +230,29 @@ impl<S: System> Cluster<S> {
                 machine.start(move |env| host.run(env));
             }
         }
+        for (claim, nth) in self.claims.iter().zip(0..) {
+            self.claimants.borrow_mut().extend(claim.start(CLAIMANTS + 10 * nth));
+        }
+    }
+
+    /// Hosts that read what lives under claims at the end. Each takes the lease: whoever goes by the name
+    /// alone may be shown, by a node that is behind, what had it before.
+    fn add_claim_readers(&self) {
+        let first = self.claimants.borrow().len() as u32;
+        for (claim, nth) in self.claims.iter().zip(first..) {
+            let Some(life) = claim.last() else { continue };
+            let (id, name) = (NodeId(CLAIMANTS + 10 * nth), claim.name());
+            self.world.add_machine(id, MachineOptions::default());
+            let targets = self.nodes.iter().map(|id| self.system.nbd_address(*id)).collect();
+            let mut mix = self.plan.mix.clone();
+            (mix.leased, mix.fenced, mix.reader, mix.lanes) = (true, true, false, 0);
+            (mix.blocks, mix.leave_after) = (USED_BLOCKS, 0);
+            let rng = self.world.rng("host", u64::from(id.0));
+            let lessor = self.system.lessor(&self.world, claim.index());
+            let export = (life.number, name.as_str());
+            let host = Host::new(life.oracle.clone(), rng, export, targets, mix, lessor);
+            self.hosts.borrow_mut().push((id, host));
+        }
     }
 
     fn answered(&self) -> u64 {
@@ -230,7 +265,10 @@ impl<S: System> Cluster<S> {
                 return Err(violation.into());
             }
         }
-        Ok(())
+        match self.claims.iter().find_map(|claim| claim.violation()) {
+            Some(violation) => Err(violation.into()),
+            None => Ok(()),
+        }
     }
 
     /// What no host sees: damage that nobody made, limits.
@@ -278,7 +316,9 @@ impl<S: System> Cluster<S> {
         })
         .await?;
         hosts.iter().for_each(|host| host.stop());
-        let machines: Vec<NodeId> = self.hosts.borrow().iter().map(|(id, _)| *id).collect();
+        self.claims.iter().for_each(|claim| claim.stop());
+        let mut machines: Vec<NodeId> = self.hosts.borrow().iter().map(|(id, _)| *id).collect();
+        machines.extend(self.claimants.borrow().iter().copied());
         self.until("every host finishes", || {
             machines.iter().all(|id| self.world.machine(*id).is_some_and(|host| !host.is_running()))
         })
@@ -304,6 +344,7 @@ impl<S: System> Cluster<S> {
         let limit = self.plan.liveness_ms + 200 * reads as u64;
         self.until_within(limit, &what, || !hosts.iter().any(running)).await?;
         self.oracle.check_all()?;
+        self.claims.iter().try_for_each(|claim| claim.check_all())?;
         Ok(())
     }
 
@@ -364,7 +405,10 @@ impl<S: System> Cluster<S> {
     /// A rotten node may be unable to open its pool or to read all of it: after a while it need not.
     async fn level_replicas(&self, rotten: Option<NodeId>) -> Vec<(NodeId, ReplicaView)> {
         let volumes = self.system.volumes();
-        let replicas: Vec<usize> = volumes.iter().map(|one| one.replicas as usize).collect();
+        let claimed = self.claims.iter().filter(|claim| claim.last().is_some());
+        let claimed = claimed.map(|claim| (claim.index(), volumes[0].replicas as usize));
+        let counts = volumes.iter().map(|one| one.replicas as usize).enumerate();
+        let replicas: BTreeMap<usize, usize> = counts.chain(claimed).collect();
         let start = self.world.now_ms();
         loop {
             let mut views = Vec::new();
@@ -377,10 +421,11 @@ impl<S: System> Cluster<S> {
                 let of_volume = || views.iter().map(|(_, one)| one).filter(|r| r.volume == volume);
                 let newest = of_volume().map(|replica| replica.applied).max();
                 let missing = usize::from(rotten.is_some() && late);
-                (replicas[volume] - missing..=replicas[volume]).contains(&of_volume().count())
+                let all = replicas[&volume];
+                (all - missing..=all).contains(&of_volume().count())
                     && !of_volume().any(|replica| Some(replica.applied) != newest)
             };
-            if (0..replicas.len()).all(is_level) {
+            if replicas.keys().copied().all(is_level) {
                 return views;
             }
             self.world.sleep_ms(100).await;

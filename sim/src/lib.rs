@@ -5,6 +5,7 @@
 //! private state where its bytes on a wire or a disk can be looked at instead.
 
 pub mod ballast;
+pub mod claim;
 pub mod cluster;
 pub mod env;
 pub mod host;

@@ -8,6 +8,9 @@ use crate::rng::Rng;
 /// scripts and documents name keep one, and with it their history.
 const SHARDS_STREAM: u64 = 176;
 
+/// The stream that says how many claims a seed has, chosen so as well.
+const CLAIMS_STREAM: u64 = 34686;
+
 /// Sizes of a simulated cluster.
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
@@ -25,6 +28,8 @@ pub struct Sizes {
     pub volumes: usize,
     /// Blocks of each volume.
     pub volume_blocks: u64,
+    /// Names under which small volumes are made, formatted and deleted, one after another.
+    pub claims: usize,
 }
 
 impl Default for Sizes {
@@ -37,6 +42,7 @@ impl Default for Sizes {
             retention_bytes: FAMILY_RETENTION_BYTES_MAX,
             volumes: 1,
             volume_blocks: 1024,
+            claims: 0,
         }
     }
 }
@@ -77,6 +83,7 @@ impl Sizes {
             } else {
                 1 << 10
             },
+            claims: *Rng::named(seed, "claims", CLAIMS_STREAM).pick(&[0, 0, 1]),
         }
     }
 }

@@ -2,10 +2,12 @@
 
 use std::future::Future;
 use std::path::PathBuf;
+use std::rc::Rc;
 
 use ballast_block::NodeId;
 use ballast_env::network::Address;
 
+use crate::claim::Claim;
 use crate::env::SimEnv;
 use crate::host::workload::Lessor;
 use crate::world::World;
@@ -53,6 +55,12 @@ pub trait System: Clone + 'static {
         None
     }
 
+    /// What is made, formatted, deleted and made again beside the volumes.
+    fn claims(&self, world: &World) -> Vec<Rc<Claim>> {
+        let _ = world;
+        Vec::new()
+    }
+
     /// How many storage nodes there are.
     fn nodes(&self) -> u32;
 
@@ -90,7 +98,7 @@ pub struct VolumeView {
 /// A replica as the harness sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReplicaView {
-    /// The volume's place in [`System::volumes`].
+    /// The volume's place in [`System::volumes`], or behind them that of a claim.
     pub volume: usize,
     /// The log position that is applied.
     pub applied: u64,

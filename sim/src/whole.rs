@@ -13,6 +13,8 @@ pub struct Order<'a> {
     pub seed: u64,
     /// Requests answered before the faults end, in place of the seed's own number.
     pub steps: Option<u64>,
+    /// Claims, in place of the seed's own number; the toy has none.
+    pub claims: Option<usize>,
     /// Print every event to standard error.
     pub verbose: bool,
     /// What is to be other than the seed has it.
@@ -29,7 +31,9 @@ impl Order<'_> {
 
 /// Runs the product.
 pub fn run_node(order: &Order<'_>) -> Report {
-    order.run(Ballast::new(order.seed, Sizes::of(order.seed)))
+    let mut sizes = Sizes::of(order.seed);
+    sizes.claims = order.claims.unwrap_or(sizes.claims);
+    order.run(Ballast::new(order.seed, sizes))
 }
 
 /// Runs the small replicated store that the simulator is proved with.

@@ -47,6 +47,9 @@ struct RunOptions {
     /// Requests answered before the faults end, in place of the seed's own number.
     #[arg(long)]
     steps: Option<u64>,
+    /// Names under which volumes are made, formatted and deleted, in place of the seed's own number.
+    #[arg(long)]
+    claims: Option<usize>,
     /// What runs on the nodes.
     #[arg(long, value_enum, default_value = "node")]
     system: SystemName,
@@ -79,6 +82,8 @@ enum PlantedBug {
     SkippedReadGate,
     LiveBlockFreed,
     EarlyCheckpoint,
+    LooseFormatting,
+    EpochsAnew,
     /// Of hosts: servers can't see that a request was asked again on another connection.
     HiddenMoves,
     /// Of the toy only.
@@ -99,6 +104,7 @@ impl RunOptions {
     fn arguments(&self) -> Vec<String> {
         let mut arguments = vec![format!("--system={}", name_of(self.system))];
         arguments.extend(self.steps.map(|steps| format!("--steps={steps}")));
+        arguments.extend(self.claims.map(|claims| format!("--claims={claims}")));
         arguments.extend(self.plant.map(|bug| format!("--plant={}", name_of(bug))));
         if !self.faults.is_empty() {
             let names: Vec<String> = self.faults.iter().copied().map(name_of).collect();
@@ -116,6 +122,8 @@ impl RunOptions {
             PlantedBug::SkippedReadGate => Some(planted::PlantedBug::SkippedReadGate),
             PlantedBug::LiveBlockFreed => Some(planted::PlantedBug::LiveBlockFreed),
             PlantedBug::EarlyCheckpoint => Some(planted::PlantedBug::EarlyCheckpoint),
+            PlantedBug::LooseFormatting => Some(planted::PlantedBug::LooseFormatting),
+            PlantedBug::EpochsAnew => Some(planted::PlantedBug::EpochsAnew),
             PlantedBug::HiddenMoves | PlantedBug::ForgetsVotes => None,
         }
     }
@@ -127,9 +135,8 @@ impl RunOptions {
             Some(PlantedBug::EarlyAck) => planted.early_ack = true,
             Some(PlantedBug::SkippedReadGate) => planted.unchecked_reads = true,
             Some(PlantedBug::ForgetsVotes) => planted.forgets_votes = true,
-            Some(PlantedBug::LiveBlockFreed | PlantedBug::EarlyCheckpoint)
-            | Some(PlantedBug::HiddenMoves)
-            | None => {}
+            // Of nothing that it has.
+            Some(_) | None => {}
         }
         planted
     }
@@ -170,7 +177,8 @@ fn one(seed: u64, options: &Options) -> ExitCode {
     // thread's random state, and with them the run would be another.
     let run = std::thread::spawn(move || {
         let adjust = |plan: &mut Plan| of_run.adjust(plan);
-        let order = Order { seed, steps: of_run.steps, verbose, adjust: &adjust };
+        let RunOptions { steps, claims, .. } = of_run;
+        let order = Order { seed, steps, claims, verbose, adjust: &adjust };
         match of_run.system {
             SystemName::Node => run_node(&order),
             SystemName::Toy => run_toy(&order, of_run.planted_in_toy()),

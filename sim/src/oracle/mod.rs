@@ -1,4 +1,5 @@
-//! The judge of what hosts see: guarantees **linearizable** and **atomic-write**.
+//! The judge of what hosts see: guarantees **linearizable**, **atomic-write**, **fenced**, **one-writer**
+//! and **never-format-data**.
 //!
 //! Hosts tell it when an operation begins and how it ends; it keeps the history of every block and
 //! finds whether some order of all operations explains it. What it knows of a write:
@@ -10,16 +11,20 @@
 //! A write is one moment for all its blocks, and so is a read. Times are numbers that only order
 //! begins and ends, drawn in the order of true time.
 
+mod content;
 pub mod stamp;
+mod violation;
 mod zones;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 
 use ballast_block::BlockRange;
-use thiserror::Error;
 
+use crate::oracle::content::Contents;
 use crate::oracle::zones::{BlockRead, BlockWrite, Wrong};
+
+pub use crate::oracle::violation::Violation;
 
 /// One write of a host; the value of its blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -60,72 +65,6 @@ pub enum Outcome {
     Refused,
 }
 
-/// A guarantee was broken.
-#[derive(Clone, Debug, Error, PartialEq, Eq)]
-pub enum Violation {
-    /// A block's contents come from no write: **checked**.
-    #[error("volume {volume} block {block}: a read returned bytes that no write made")]
-    Garbage {
-        /// The volume.
-        volume: u64,
-        /// The block.
-        block: u64,
-    },
-    /// A read returned a write that had not begun, or not there.
-    #[error("volume {volume} block {block}: {write:?} was read and never written there by then")]
-    Ghost {
-        /// The volume.
-        volume: u64,
-        /// The block.
-        block: u64,
-        /// What was read.
-        write: WriteId,
-    },
-    /// A read returned a write that the host was told had not happened.
-    #[error("volume {volume} block {block}: {write:?} was refused and is there")]
-    Refused {
-        /// The volume.
-        volume: u64,
-        /// The block.
-        block: u64,
-        /// What was read.
-        write: WriteId,
-    },
-    /// A read returned something older than what surely was in effect: **linearizable**.
-    #[error(
-        "volume {volume} block {block}: {old:?} was seen although {newer:?} was in effect between"
-    )]
-    Stale {
-        /// The volume.
-        volume: u64,
-        /// The block.
-        block: u64,
-        /// What was read; `None` for zeroes.
-        old: Option<WriteId>,
-        /// What should have been, or something later.
-        newer: WriteId,
-    },
-    /// A write succeeded under an attachment that was replaced before it began: **fenced**,
-    /// **one-writer**.
-    #[error("volume {volume}: {write:?} succeeded although a newer attachment was admitted before")]
-    TwoWriters {
-        /// The volume.
-        volume: u64,
-        /// The write.
-        write: WriteId,
-    },
-    /// A read saw a part of a write only: **atomic-write**.
-    #[error("volume {volume}: a read saw {write:?} in one block and older data in block {block}")]
-    Torn {
-        /// The volume.
-        volume: u64,
-        /// The block that was older.
-        block: u64,
-        /// The write that was seen in part.
-        write: WriteId,
-    },
-}
-
 /// The histories of all volumes.
 #[derive(Default)]
 pub struct Oracle {
@@ -134,6 +73,20 @@ pub struct Oracle {
     blocks: RefCell<BTreeMap<(u64, u64), Block>>,
     /// The attachments of each volume, the first one number 1.
     attachments: RefCell<BTreeMap<u64, Vec<Attachment>>>,
+    /// The newest epoch of each volume that is known to have been in force.
+    epochs: RefCell<BTreeMap<u64, u64>>,
+    contents: Contents,
+}
+
+/// Under what a host writes, and what for.
+#[derive(Clone, Copy, Debug)]
+pub struct Author {
+    /// The number that [`Oracle::attached`] gave to its attachment; `u64::MAX`: none is known.
+    pub attachment: u64,
+    /// The epoch of its lease; 0: without one.
+    pub epoch: u64,
+    /// Whether it makes a file system. What else is written is data.
+    pub formats: bool,
 }
 
 /// When a host began to attach, and when it was told that it is. Of two that overlap nobody outside
@@ -145,8 +98,7 @@ struct Attachment {
 }
 
 struct Write {
-    /// Its number; `u64::MAX` for none.
-    attachment: u64,
+    author: Author,
     volume: u64,
     range: BlockRange,
     zeroes: bool,
@@ -155,8 +107,16 @@ struct Write {
     /// When it was fenced: it happened before or never.
     deadline: u64,
     refused: bool,
-    /// It began under an attachment that was not the newest any more.
-    fenced: bool,
+    /// What had taken its author's place for certain when it began.
+    fenced: Option<Fence>,
+}
+
+#[derive(Clone, Copy)]
+enum Fence {
+    /// A newer attachment.
+    Attachment,
+    /// A lease of that epoch.
+    Epoch(u64),
 }
 
 #[derive(Default)]
@@ -192,18 +152,28 @@ impl Oracle {
         range: BlockRange,
         zeroes: bool,
     ) -> WriteId {
-        let attachments = self.attachments.borrow();
-        let all = attachments.get(&volume).map_or(&[][..], Vec::as_slice);
-        let own = attachment.checked_sub(1).and_then(|nth| all.get(nth as usize));
-        let fenced = own.is_some_and(|own| all.iter().any(|one| one.began > own.admitted));
+        let author = Author { attachment, epoch: 0, formats: false };
+        self.write_begins_by(author, volume, range, zeroes)
+    }
+
+    /// The same for a write under a lease, or to make a file system. Nor may anybody ever see it if a
+    /// newer epoch was in force for certain.
+    pub fn write_begins_by(
+        &self,
+        author: Author,
+        volume: u64,
+        range: BlockRange,
+        zeroes: bool,
+    ) -> WriteId {
+        let fenced = self.fence_of(author, volume);
         let began = self.next_time();
         let mut writes = self.writes.borrow_mut();
         // Id 0 stays free, so that a block of zeroes is no stamp.
         let id = WriteId(writes.len() as u64 + 1);
         let (in_effect, deadline) = (u64::MAX, u64::MAX);
-        let refused = fenced;
+        let refused = fenced.is_some();
         writes.push(Write {
-            attachment,
+            author,
             volume,
             range,
             zeroes,
@@ -220,23 +190,96 @@ impl Oracle {
         id
     }
 
+    fn fence_of(&self, author: Author, volume: u64) -> Option<Fence> {
+        let attachments = self.attachments.borrow();
+        let all = attachments.get(&volume).map_or(&[][..], Vec::as_slice);
+        let own = author.attachment.checked_sub(1).and_then(|nth| all.get(nth as usize));
+        if own.is_some_and(|own| all.iter().any(|one| one.began > own.admitted)) {
+            return Some(Fence::Attachment);
+        }
+        let newest = self.epochs.borrow().get(&volume).copied();
+        let newer = newest.filter(|newest| author.epoch != 0 && *newest > author.epoch);
+        newer.map(Fence::Epoch)
+    }
+
     /// The write `id` ended.
     ///
     /// # Errors
-    /// [`Violation::TwoWriters`]: it succeeded under an attachment that was replaced before.
+    /// The guarantee that the history now breaks.
     pub fn write_ends(&self, id: WriteId, outcome: Outcome) -> Result<(), Violation> {
         let ended = self.next_time();
-        let mut writes = self.writes.borrow_mut();
-        let write = &mut writes[(id.0 - 1) as usize];
-        if outcome == Outcome::Done && write.fenced {
-            return Err(Violation::TwoWriters { volume: write.volume, write: id });
-        }
-        match outcome {
-            Outcome::Done => write.in_effect = write.in_effect.min(ended).min(write.deadline),
-            Outcome::Unknown => {}
-            Outcome::Refused => write.refused = true,
+        let (author, volume) = {
+            let mut writes = self.writes.borrow_mut();
+            let write = &mut writes[(id.0 - 1) as usize];
+            let (volume, epoch) = (write.volume, write.author.epoch);
+            match (outcome, write.fenced) {
+                (Outcome::Done, Some(Fence::Attachment)) => {
+                    return Err(Violation::TwoWriters { volume, write: id });
+                }
+                (Outcome::Done, Some(Fence::Epoch(newer))) => {
+                    return Err(Violation::OldEpoch { volume, write: id, epoch, newer });
+                }
+                (Outcome::Done, None) => {
+                    self.note_effect(id, write, ended)?;
+                    (write.author, volume)
+                }
+                (Outcome::Unknown, _) => return Ok(()),
+                (Outcome::Refused, _) => {
+                    write.refused = true;
+                    return Ok(());
+                }
+            }
+        };
+        if author.epoch != 0 {
+            self.epoch_in_force(volume, author.epoch);
         }
         Ok(())
+    }
+
+    /// The write is in effect, since `at` at the latest.
+    fn note_effect(&self, id: WriteId, write: &mut Write, at: u64) -> Result<(), Violation> {
+        let since = at.min(write.deadline);
+        if since >= write.in_effect {
+            return Ok(());
+        }
+        write.in_effect = since;
+        let formats = write.author.formats.then_some(write.began);
+        self.contents.in_effect(write.volume, id, since, formats)
+    }
+
+    /// A lease of `volume` with that epoch is in force: writes under older ones happened by now, or
+    /// never will (guarantee **one-writer**).
+    pub fn epoch_in_force(&self, volume: u64, epoch: u64) {
+        let mut epochs = self.epochs.borrow_mut();
+        let newest = epochs.entry(volume).or_default();
+        if epoch <= *newest {
+            return;
+        }
+        *newest = epoch;
+        let now = self.next_time();
+        for write in self.writes.borrow_mut().iter_mut() {
+            if write.volume == volume && (1..epoch).contains(&write.author.epoch) {
+                write.deadline = write.deadline.min(now);
+            }
+        }
+    }
+
+    /// A host begins to ask whether it may format.
+    pub fn formatting_asked(&self) -> u64 {
+        self.next_time()
+    }
+
+    /// Who began to ask then may format `volume`, as a blank one or as one that was begun before.
+    ///
+    /// # Errors
+    /// [`Violation::MayFormat`], [`Violation::NotBlank`].
+    pub fn formatting_granted(
+        &self,
+        volume: u64,
+        asked: u64,
+        blank: bool,
+    ) -> Result<(), Violation> {
+        self.contents.granted(volume, asked, blank)
     }
 
     /// A host begins to attach for writing.
@@ -257,7 +300,7 @@ impl Oracle {
         };
         let mut writes = self.writes.borrow_mut();
         for write in writes.iter_mut().filter(|write| write.volume == volume) {
-            if older(write.attachment) {
+            if older(write.author.attachment) {
                 write.deadline = write.deadline.min(admitted);
             }
         }
@@ -283,7 +326,7 @@ impl Oracle {
         let mut values = Vec::with_capacity(read.range.count as usize);
         for (block, bytes) in (read.range.start..).zip(bytes.chunks(4096)) {
             let value = stamp::recognise(read.volume, block, bytes);
-            values.push(value.ok_or(Violation::Garbage { volume: read.volume, block })?);
+            values.push(value.ok_or_else(|| not_of(read.volume, block, bytes))?);
         }
         assert_eq!(values.len(), read.range.count as usize, "a read returns what was asked for");
         self.read_ends_with(read, &values)
@@ -366,8 +409,7 @@ impl Oracle {
         if write.refused {
             return Err(Violation::Refused { volume, block, write: id });
         }
-        write.in_effect = write.in_effect.min(at).min(write.deadline);
-        Ok(())
+        self.note_effect(id, write, at)
     }
 
     /// One read that saw `id` in a block saw nothing in its other blocks that surely was older.
@@ -429,5 +471,13 @@ impl Oracle {
             }
             Wrong::StaleZeroes { newer } => Violation::Stale { volume, block, old: None, newer },
         })
+    }
+}
+
+/// What is wrong with contents that no write to that block made.
+fn not_of(volume: u64, block: u64, bytes: &[u8]) -> Violation {
+    match stamp::origin(bytes) {
+        Some((of, write)) if of != volume => Violation::Foreign { volume, block, of, write },
+        _ => Violation::Garbage { volume, block },
     }
 }

@@ -34,6 +34,14 @@ pub fn recognise(volume: u64, block: u64, bytes: &[u8]) -> Option<Value> {
     (bytes == stamp(volume, block, write)).then_some(Value::Written(write))
 }
 
+/// The volume and the write whose whole stamp it is, of whatever block.
+pub fn origin(bytes: &[u8]) -> Option<(u64, WriteId)> {
+    let (numbers, _) = bytes.get(..HEADER)?.as_chunks::<8>();
+    let [_, volume, block, write] = *numbers else { return None };
+    let (volume, write) = (u64::from_le_bytes(volume), WriteId(u64::from_le_bytes(write)));
+    (bytes == stamp(volume, u64::from_le_bytes(block), write)).then_some((volume, write))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -44,8 +52,10 @@ mod tests {
         assert_eq!(recognise(1, 2, &bytes), Some(Value::Written(WriteId(3))));
         assert_eq!(recognise(1, 4, &bytes), None, "another block's");
         assert_eq!(recognise(2, 2, &bytes), None, "another volume's");
+        assert_eq!(origin(&bytes), Some((1, WriteId(3))));
         bytes[4000] ^= 1;
         assert_eq!(recognise(1, 2, &bytes), None, "a flipped bit");
+        assert_eq!(origin(&bytes), None, "nobody's");
         assert_eq!(recognise(1, 2, &[0; BLOCK_SIZE]), Some(Value::Zero));
     }
 }
