@@ -410,6 +410,7 @@ impl<S: System> Cluster<S> {
         let counts = volumes.iter().map(|one| one.replicas as usize).enumerate();
         let replicas: BTreeMap<usize, usize> = counts.chain(claimed).collect();
         let start = self.world.now_ms();
+        let mut said = false;
         loop {
             let mut views = Vec::new();
             for id in &self.nodes {
@@ -417,6 +418,10 @@ impl<S: System> Cluster<S> {
                 views.extend(replicas.into_iter().map(|replica| (*id, replica)));
             }
             let late = self.world.now_ms() > start + ROTTEN_MS;
+            if late && !said {
+                said = true;
+                self.world.note(format!("replicas are not level yet: {views:?}"));
+            }
             let is_level = |volume: usize| {
                 let of_volume = || views.iter().map(|(_, one)| one).filter(|r| r.volume == volume);
                 let newest = of_volume().map(|replica| replica.applied).max();

@@ -59,6 +59,24 @@ fn never_forgets() {
     holds("1014..1016", "fail-writes,power-loss,checkpoint-and-crash");
 }
 
+/// With names under which volumes are made, formatted, deleted and made again.
+#[track_caller]
+fn holds_claimed(seeds: &str, faults: &str) {
+    let (seeds, faults) = (format!("--seeds={seeds}"), format!("--faults={faults}"));
+    let (good, said) = simulate(&[&seeds, &faults, "--claims=2", "--steps=600", "--every=700"]);
+    assert!(good, "{said}");
+}
+
+#[test]
+fn one_writer() {
+    holds_claimed("1016..1018", "isolate,cut-one-way,stop");
+}
+
+#[test]
+fn never_format_data() {
+    holds_claimed("1018..1020", "kill,isolate-from-nodes,power-loss-of-all");
+}
+
 /// These seeds have a volume about as large as its pools.
 #[test]
 fn nothing_lost_when_full() {
@@ -92,6 +110,17 @@ fn a_skipped_read_gate_is_found() {
 #[test]
 fn a_cleaner_that_frees_a_live_block_is_found() {
     is_found("live-block-freed", "11");
+}
+
+#[test]
+fn formatting_that_is_bound_to_nobody_is_found() {
+    is_found("loose-formatting", "9");
+}
+
+/// A host of a deleted volume writes into the one that has its name, or reads it.
+#[test]
+fn epochs_that_begin_anew_with_a_volume_are_found() {
+    is_found("epochs-anew", "4");
 }
 
 /// A ghost write: a request whose copy on another connection was answered arrives after all.

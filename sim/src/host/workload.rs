@@ -202,7 +202,7 @@ impl Host {
 
     /// Reads everything that was ever written, until all of it could be read.
     pub async fn read_back(&self, env: &SimEnv) {
-        for range in self.oracle.written(self.volume, self.mix.request_blocks_max as u32) {
+        for range in self.to_read_back() {
             while self.violation().is_none() && !self.read(env, range).await {
                 env.sleep(Duration::from_millis(100)).await;
             }
@@ -211,7 +211,13 @@ impl Host {
 
     /// Reads that [`Host::read_back`] makes.
     pub fn unread(&self) -> usize {
-        self.oracle.written(self.volume, self.mix.request_blocks_max as u32).len()
+        self.to_read_back().len()
+    }
+
+    /// At least one block, so that the volume is in use.
+    fn to_read_back(&self) -> Vec<BlockRange> {
+        let written = self.oracle.written(self.volume, self.mix.request_blocks_max as u32);
+        if written.is_empty() { vec![BlockRange::new(0, 1)] } else { written }
     }
 
     async fn one_request(&self, env: &SimEnv) {
