@@ -6,7 +6,7 @@
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use tonic::transport::{Channel, Endpoint};
@@ -29,6 +29,9 @@ const ALIVE_INTERVAL: Duration = Duration::from_secs(1);
 /// ...and is left when it has not said so for this long: a process that is stopped or cut off holds
 /// a request no longer, one that is only slow is waited for.
 const ALIVE_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// Said of a node that did not answer.
+const NO_ANSWER: &str = "no answer in time";
 
 /// Largest answer that is taken in, in bytes: the leases of a hundred thousand volumes. Volumes come
 /// in pages.
@@ -54,6 +57,7 @@ pub struct Client {
     nodes: Arc<[Node]>,
     answered_last: Arc<AtomicUsize>,
     call_timeout: Duration,
+    deadline: Option<Instant>,
 }
 
 struct Node {
@@ -80,12 +84,20 @@ impl Client {
             return Err(EndpointError::None);
         }
         let answered_last = Arc::new(AtomicUsize::new(0));
-        Ok(Self { nodes: nodes.into(), answered_last, call_timeout: CALL_TIMEOUT })
+        let (call_timeout, deadline) = (CALL_TIMEOUT, None);
+        Ok(Self { nodes: nodes.into(), answered_last, call_timeout, deadline })
     }
 
     /// Changes how long each node may take to answer.
     pub fn with_call_timeout(mut self, call_timeout: Duration) -> Self {
         self.call_timeout = call_timeout;
+        self
+    }
+
+    /// Sets when every call ends, however many nodes it asks. In place of a time for each: one that is
+    /// alive may take all that is left.
+    pub fn with_deadline(mut self, deadline: Instant) -> Self {
+        self.deadline = Some(deadline);
         self
     }
 
@@ -124,9 +136,14 @@ impl Client {
         for turn in 0..self.nodes.len() {
             let index = (first + turn) % self.nodes.len();
             let node = &self.nodes[index];
+            let left = self.time_left();
+            if left.is_zero() {
+                failures.push((&node.url, Status::deadline_exceeded("not asked any more")));
+                continue;
+            }
             let mut request = Request::new(request.clone());
-            request.set_timeout(self.call_timeout);
-            match method(node.admin.clone(), request).await {
+            request.set_timeout(left);
+            match self.in_time(method(node.admin.clone(), request)).await {
                 Err(status) if is_no_answer(&status) => failures.push((&node.url, status)),
                 answer => {
                     self.answered_last.store(index, Ordering::Relaxed);
@@ -134,7 +151,23 @@ impl Client {
                 }
             }
         }
-        Err(no_answer(&failures))
+        Err(no_answer(&failures, self.time_left().is_zero()))
+    }
+
+    /// How long the next node may take.
+    fn time_left(&self) -> Duration {
+        let left = self.deadline.map(|end| end.saturating_duration_since(Instant::now()));
+        left.unwrap_or(self.call_timeout)
+    }
+
+    /// The request's own timeout begins when there is a connection: the deadline does not wait for one.
+    async fn in_time<A>(
+        &self,
+        asked: impl Future<Output = Result<A, Status>>,
+    ) -> Result<A, Status> {
+        let Some(end) = self.deadline else { return asked.await };
+        let answer = tokio::time::timeout_at(end.into(), asked).await;
+        answer.unwrap_or_else(|_| Err(Status::deadline_exceeded(NO_ANSWER)))
     }
 }
 
@@ -233,19 +266,27 @@ fn is_no_answer(status: &Status) -> bool {
     }
 }
 
-fn no_answer(failures: &[(&String, Status)]) -> Status {
+fn no_answer(failures: &[(&String, Status)], late: bool) -> Status {
     let reasons: Vec<String> =
         failures.iter().map(|(url, status)| format!("{url}: {}", reason(status))).collect();
-    Status::unavailable(format!(
-        "no node could answer ({}); check that ballastd runs there and that a majority of the \
-         nodes is up, then try again",
-        reasons.join("; ")
-    ))
+    let answered = failures.iter().any(|(_, status)| is_own_word(status));
+    let what = if answered { "no node could do what was asked" } else { "no node answered" };
+    let remedy = if late {
+        "time is up, and it may have been done all the same: look, or ask again with more time"
+    } else {
+        "check that ballastd runs there and that a majority of the nodes is up, then try again"
+    };
+    Status::unavailable(format!("{what} ({}); {remedy}", reasons.join("; ")))
+}
+
+/// Whether a node said so itself. What was made here has the transport's error behind it.
+fn is_own_word(status: &Status) -> bool {
+    status.code() == Code::Unavailable && std::error::Error::source(status).is_none()
 }
 
 fn reason(status: &Status) -> String {
     if status.code() == Code::Cancelled {
-        return "no answer in time".to_owned();
+        return NO_ANSWER.to_owned();
     }
     // The transport hides "connection refused" at the end of the chain of sources.
     let mut text = status.message().to_owned();

@@ -5,8 +5,10 @@
 //! service. Not on the write path. `docs/api.md` is the page for users.
 
 pub mod client;
+mod timeout;
 
 pub use client::{Client, EndpointError};
+pub use timeout::timeout_of;
 
 /// `ballast.v1`, as generated: see `proto/ballast/v1/admin.proto` for what each thing means.
 #[allow(missing_docs, clippy::all, clippy::disallowed_methods, clippy::disallowed_types)]

@@ -7,7 +7,7 @@
 use std::future::Future;
 use std::time::Duration;
 
-use ballast_api::{Client, EndpointError, v1 as api};
+use ballast_api::{Client, EndpointError, timeout_of, v1 as api};
 use tokio::time::Instant;
 use tonic::{Code, Request, Status};
 
@@ -53,9 +53,7 @@ impl Cluster {
 
     /// To be asked on behalf of this call.
     pub fn asked_by<T>(&self, request: &Request<T>) -> Asking {
-        let header = request.metadata().get("grpc-timeout").and_then(|value| value.to_str().ok());
-        let timeout = header.and_then(parse_timeout).unwrap_or(DEFAULT_DEADLINE);
-        self.within(timeout)
+        self.within(timeout_of(request).unwrap_or(DEFAULT_DEADLINE))
     }
 
     /// To be asked for so long.
@@ -76,8 +74,8 @@ impl Asking {
     {
         loop {
             let left = self.deadline.saturating_duration_since(Instant::now());
-            let client = self.client.clone().with_call_timeout(left.max(PAUSE));
-            match call(client).await {
+            let end = Instant::now() + left.max(PAUSE);
+            match call(self.client.clone().with_deadline(end.into_std())).await {
                 Err(status) if status.code() == Code::Unavailable && left > 2 * PAUSE => {
                     tracing::debug!(message = status.message(), "no daemon can answer yet");
                     tokio::time::sleep(PAUSE).await;
@@ -165,36 +163,4 @@ async fn get_volume(
     request: api::GetVolumeRequest,
 ) -> Result<api::GetVolumeResponse, Status> {
     client.get_volume(request).await
-}
-
-/// The `grpc-timeout` header: up to eight digits and a unit.
-fn parse_timeout(header: &str) -> Option<Duration> {
-    let (digits, unit) = header.split_at_checked(header.len().checked_sub(1)?)?;
-    let number: u64 = digits.parse().ok()?;
-    match unit {
-        "H" => Some(Duration::from_secs(number.checked_mul(3600)?)),
-        "M" => Some(Duration::from_secs(number.checked_mul(60)?)),
-        "S" => Some(Duration::from_secs(number)),
-        "m" => Some(Duration::from_millis(number)),
-        "u" => Some(Duration::from_micros(number)),
-        "n" => Some(Duration::from_nanos(number)),
-        _ => None,
-    }
-    .map(|timeout| timeout.min(Duration::from_secs(24 * 3600)))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn timeouts_are_read_as_grpc_writes_them() {
-        assert_eq!(parse_timeout("15S"), Some(Duration::from_secs(15)));
-        assert_eq!(parse_timeout("14999987u"), Some(Duration::from_micros(14_999_987)));
-        assert_eq!(parse_timeout("2M"), Some(Duration::from_secs(120)));
-        assert_eq!(parse_timeout("99999999H"), Some(Duration::from_secs(24 * 3600)));
-        for wrong in ["", "S", "15", "15x", "-1S", "é"] {
-            assert_eq!(parse_timeout(wrong), None, "{wrong}");
-        }
-    }
 }

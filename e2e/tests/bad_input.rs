@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::Output;
+use std::time::{Duration, Instant};
 
 use ballast_e2e::cluster::Cluster;
 use ballast_e2e::process::{output, run};
@@ -49,6 +50,22 @@ fn volumes_that_cannot_be_are_refused() {
     );
     assert_eq!(cluster.ballastctl(1, &["volume", "list"]), before, "nothing changed");
     assert!(!output("nbdinfo", &[&cluster.uri(1).replace("demo", "nope")]).status.success());
+}
+
+#[test]
+fn waiting_for_a_volume_ends_in_time_and_says_what_is_missing() {
+    const SECONDS: u64 = 6;
+    let mut cluster = Cluster::start("bad-wait");
+    cluster.kill(3);
+    let create = ["volume", "create", "late", "--size", "64MiB", "--wait"];
+    let start = Instant::now();
+    let output = ctl(&cluster, &[&create[..], &["--timeout", &SECONDS.to_string()]].concat());
+    let took = start.elapsed();
+    assert_refused("a node is away", &output, "node 3 (node-3, which does not answer)");
+    assert!(took < Duration::from_secs(SECONDS + 3), "{took:?}");
+    cluster.restart(3);
+    let made = cluster.ballastctl(1, &[&create[..], &["-o", "json"]].concat());
+    assert!(made.contains("\"phase\": \"ready\""), "{made}");
 }
 
 /// The pool file of a node of the development cluster.

@@ -19,7 +19,7 @@ use crate::peers::wire::{Frame, Kind};
 use crate::report;
 
 /// Longest wait for a new volume to become usable.
-const READY_MAX: Duration = Duration::from_secs(20);
+pub const READY_MAX: Duration = Duration::from_secs(20);
 /// Longest wait for a volume's leader to be where it was sent.
 const MOVED_MAX: Duration = Duration::from_secs(5);
 /// Longest that a node whose disk has failed goes on, to say so.
@@ -180,10 +180,11 @@ impl<E: Env> Node<E> {
         size_bytes: u64,
         replicas: u32,
     ) -> Result<Volume, AdminError> {
-        self.create_volume_near(name, size_bytes, replicas, Vec::new()).await
+        self.create_volume_near(name, size_bytes, replicas, Vec::new(), READY_MAX).await
     }
 
-    /// As [`Node::create_volume`], with replicas on the preferred nodes if there is room.
+    /// As [`Node::create_volume`], with replicas on the preferred nodes if there is room, and answered
+    /// after `ready_max` also if it can't be used yet: [`AdminError::NotReady`].
     ///
     /// # Errors
     /// [`AdminError`].
@@ -193,8 +194,10 @@ impl<E: Env> Node<E> {
         size_bytes: u64,
         replicas: u32,
         preferred: Vec<NodeId>,
+        ready_max: Duration,
     ) -> Result<Volume, AdminError> {
         let env = &self.inner.env;
+        let end = env.now().after(ready_max);
         let command = Command::CreateVolume(CreateVolume {
             volume: VolumeId::from_random(env.random_16()),
             name: name.to_owned(),
@@ -205,7 +208,6 @@ impl<E: Env> Node<E> {
             absent: self.absent(),
         });
         let volume = self.propose_about_volume(&command).await?;
-        let end = env.now().after(READY_MAX);
         loop {
             let now = self.cluster_state().volume(volume.id).cloned();
             match now {

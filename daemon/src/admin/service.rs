@@ -2,6 +2,7 @@
 
 use std::future::Future;
 
+use ballast_api::timeout_of;
 use ballast_api::v1 as api;
 use ballast_api::v1::admin_server::Admin;
 use ballast_block::NodeId;
@@ -94,8 +95,9 @@ impl Admin for Service {
         &self,
         request: Request<api::CreateVolumeRequest>,
     ) -> Result<Response<api::CreateVolumeResponse>, Status> {
+        let timeout = timeout_of(&request);
         let request = request.into_inner();
-        let volume = self.ask(|node| volumes::create(node, request)).await??;
+        let volume = self.ask(move |node| volumes::create(node, request, timeout)).await??;
         let volume = Some(self.picture().await?.volume(&volume));
         Ok(Response::new(api::CreateVolumeResponse { volume }))
     }

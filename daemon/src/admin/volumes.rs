@@ -1,8 +1,10 @@
 //! Changes of volumes, with the status of what is refused.
 
+use std::time::Duration;
+
 use ballast_api::v1 as api;
 use ballast_block::NodeId;
-use ballast_node::admin::AdminError;
+use ballast_node::admin::{AdminError, READY_MAX};
 use ballast_node::cluster::{ClusterState, RefusalCode, Volume};
 use ballast_node::leases::LeaseError;
 use tonic::{Code, Status};
@@ -17,15 +19,21 @@ const REPLICAS_DEFAULT: u32 = 3;
 const PAGE_MAX: usize = 1000;
 const PAGE_LEASES_MAX: usize = 4000;
 
-/// Creates a volume, on shard 0.
+/// Creates a volume, on shard 0. It is waited for until it can be used, but so that the caller, if it
+/// has said how long it waits, hears of one that can't be yet.
 ///
 /// # Errors
 /// As `admin.proto` says.
-pub async fn create(node: LinuxNode, request: api::CreateVolumeRequest) -> Result<Volume, Status> {
+pub async fn create(
+    node: LinuxNode,
+    request: api::CreateVolumeRequest,
+    timeout: Option<Duration>,
+) -> Result<Volume, Status> {
+    let ready_max = timeout.map_or(READY_MAX, |timeout| READY_MAX.min(timeout / 2));
     let replicas = if request.replicas == 0 { REPLICAS_DEFAULT } else { request.replicas };
     let preferred = preferred(&node.cluster_state(), &request.preferred_nodes);
     let (name, size_bytes) = (&request.name, request.size_bytes);
-    match node.create_volume_near(name, size_bytes, replicas, preferred).await {
+    match node.create_volume_near(name, size_bytes, replicas, preferred, ready_max).await {
         Ok(volume) => Ok(volume),
         // It is placed; that it can't be used yet is what its phase says.
         Err(AdminError::NotReady(name)) => node.find_volume(&name).map_err(status),

@@ -1,7 +1,7 @@
 //! Which nodes are asked, and when the next one is.
 
 use std::net::TcpListener;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ballast_api::{Client, EndpointError, v1};
 use tonic::Code;
@@ -69,6 +69,23 @@ fn a_node_that_hangs_is_left_long_before_a_long_time_limit() {
         });
         answer.await.expect("it is left").unwrap();
     });
+}
+
+#[test]
+fn the_time_limit_is_that_of_the_command_however_many_nodes_hang() {
+    let hang: Vec<TcpListener> =
+        (0..3).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+    let urls: Vec<String> =
+        hang.iter().map(|it| format!("http://{}", it.local_addr().unwrap())).collect();
+    let start = Instant::now();
+    let run = ballastctl(&urls.join(","), "status --timeout 2");
+    // One limit for each would be 6 s.
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    assert_eq!((run.code, run.out.as_str()), (1, ""));
+    for part in ["no answer in time", "not asked any more", "time is up"] {
+        assert!(run.err.contains(part), "{part} is not in {}", run.err);
+    }
+    assert!(urls.iter().all(|url| run.err.contains(url)), "{}", run.err);
 }
 
 #[test]

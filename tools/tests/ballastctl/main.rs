@@ -205,8 +205,9 @@ fn waiting_has_an_end() {
     let node = Node::never_ready();
     assert_eq!(
         failed(&node, "--timeout 1 volume create db --size 1GiB --wait", 1),
-        "error: volume \"db\" was created and is not ready after 1 s: see `ballastctl volume show \
-         db` and `ballastctl status`, or wait longer with --timeout\n"
+        "error: volume \"db\" was created and is not ready after 1 s: it waits for its replicas on \
+         node 1 (storage-1), node 2 (storage-2) and node 3 (storage-3, which does not answer); see \
+         `ballastctl status`, or wait longer with --timeout: the same command goes on with it\n"
     );
     assert!(done(&node, "volume list").contains("creating"));
 }

@@ -39,7 +39,7 @@ pub struct Cli {
     #[arg(short, long, global = true, value_name = "FORMAT", default_value = "table")]
     pub output: Format,
 
-    /// How long each node may take to answer, and --wait may wait, in seconds
+    /// How long the command may take, all nodes that it asks and --wait together, in seconds
     #[arg(
         long,
         global = true,

@@ -29,9 +29,6 @@ pub async fn lease(cli: &Cli, client: &Client, command: &LeaseCommand) -> Result
 
 /// Lets a host use a volume; returns what to print.
 pub async fn acquire(cli: &Cli, client: &Client, it: &AcquireLease) -> Result<String, Failure> {
-    if it.force && !it.yes {
-        confirm_force(&it.volume, &it.host)?;
-    }
     let mut request = v1::AcquireLeaseRequest {
         volume: it.volume.clone(),
         host: it.host.clone(),
@@ -63,7 +60,8 @@ pub async fn release(cli: &Cli, client: &Client, it: &ReleaseLease) -> Result<St
     Ok(show(cli, &Released { released }))
 }
 
-fn confirm_force(volume: &str, host: &str) -> Result<(), Failure> {
+/// Asks whether a volume is to be taken from the hosts that have it.
+pub fn confirm_force(volume: &str, host: &str) -> Result<(), Failure> {
     match confirm::confirm_force(volume, host).map_err(Failure::Terminal)? {
         confirm::Answer::Yes => Ok(()),
         confirm::Answer::No => Err(Failure::ForceNotConfirmed(volume.to_owned())),

@@ -6,6 +6,7 @@
 
 mod cli;
 mod confirm;
+mod create;
 mod leases;
 mod render;
 mod run;

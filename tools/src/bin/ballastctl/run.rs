@@ -1,18 +1,15 @@
 //! From a command line to requests, and from their answers to text.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ballast_api::{Client, EndpointError, v1};
 use thiserror::Error;
 use tonic::{Code, Status};
 
-use crate::cli::{Cli, Command, CreateVolume, Format, NodeCommand, PoolCommand, VolumeCommand};
+use crate::cli::{Cli, Command, Format, LeaseCommand, NodeCommand, PoolCommand, VolumeCommand};
 use crate::confirm::{self, confirm_delete};
 use crate::render::Answer;
-use crate::{leases, view};
-
-/// Time between two looks at a volume that is being created.
-const WAIT_STEP: Duration = Duration::from_millis(200);
+use crate::{create, leases, view};
 
 /// Why there is no answer.
 #[derive(Debug, Error)]
@@ -49,15 +46,17 @@ pub enum Failure {
     Terminal(#[source] std::io::Error),
     /// `--wait` took too long.
     #[error(
-        "volume {name:?} was created and is not ready after {} s: see `ballastctl volume show \
-         {name}` and `ballastctl status`, or wait longer with --timeout",
+        "volume {name:?} was created and is not ready after {} s: it waits for {missing}; see \
+         `ballastctl status`, or wait longer with --timeout: the same command goes on with it",
         .waited.as_secs()
     )]
     NotReadyInTime {
         /// The volume.
         name: String,
-        /// How long it was waited for.
+        /// How long the command took.
         waited: Duration,
+        /// What it waits for, in words.
+        missing: String,
     },
     /// The process can't run.
     #[error("runtime can't be started ({0}); free some memory or file descriptors")]
@@ -88,9 +87,13 @@ impl From<Status> for Failure {
 
 /// Does what the command line says; returns what to print.
 pub async fn run(cli: &Cli) -> Result<String, Failure> {
-    let client = Client::new(&cli.endpoint)?.with_call_timeout(cli.timeout);
+    let client = Client::new(&cli.endpoint)?;
+    confirm_first(&cli.command)?;
+    // Whoever was asked took the time that he wanted.
+    let deadline = Instant::now() + cli.timeout;
+    let client = client.with_deadline(deadline);
     match &cli.command {
-        Command::Volume(command) => volume(cli, &client, command).await,
+        Command::Volume(command) => volume(cli, &client, deadline, command).await,
         Command::Lease(command) => leases::lease(cli, &client, command).await,
         Command::Node(NodeCommand::List) => {
             let nodes = client.list_nodes(v1::ListNodesRequest {}).await?.nodes;
@@ -106,10 +109,7 @@ pub async fn run(cli: &Cli) -> Result<String, Failure> {
             let pools = client.list_pools(v1::ListPoolsRequest { node }).await?.pools;
             Ok(show(cli, &view::Pools { pools: all(pools) }))
         }
-        Command::Pool(PoolCommand::Replace { node, pool, yes, force, reason }) => {
-            if !yes {
-                confirm_pool(node)?;
-            }
+        Command::Pool(PoolCommand::Replace { node, pool, force, reason, .. }) => {
             let request = v1::ReplacePoolRequest {
                 node: node.clone(),
                 pool_id: pool.clone(),
@@ -129,9 +129,17 @@ pub async fn run(cli: &Cli) -> Result<String, Failure> {
     }
 }
 
-async fn volume(cli: &Cli, client: &Client, command: &VolumeCommand) -> Result<String, Failure> {
+async fn volume(
+    cli: &Cli,
+    client: &Client,
+    deadline: Instant,
+    command: &VolumeCommand,
+) -> Result<String, Failure> {
     match command {
-        VolumeCommand::Create(create) => create_volume(cli, client, create).await,
+        VolumeCommand::Create(it) => {
+            let volume = create::volume(client, it, cli.timeout, deadline).await?;
+            one_volume(cli, Some(volume))
+        }
         VolumeCommand::List => {
             let volumes = client.all_volumes().await?;
             Ok(show(cli, &view::Volumes { volumes: all(volumes) }))
@@ -141,10 +149,7 @@ async fn volume(cli: &Cli, client: &Client, command: &VolumeCommand) -> Result<S
             let volume = answer.volume.ok_or(Failure::AnswerIncomplete("volume"))?.into();
             Ok(show(cli, &view::VolumeDetail { volume, replicas: all(answer.replicas) }))
         }
-        VolumeCommand::Delete { volume, yes } => {
-            if !yes {
-                confirm(volume)?;
-            }
+        VolumeCommand::Delete { volume, .. } => {
             let request = v1::DeleteVolumeRequest { volume: volume.clone() };
             let deleted = client.delete_volume(request).await?.deleted;
             Ok(show(cli, &view::Deleted { deleted }))
@@ -163,42 +168,17 @@ async fn volume(cli: &Cli, client: &Client, command: &VolumeCommand) -> Result<S
     }
 }
 
-async fn create_volume(
-    cli: &Cli,
-    client: &Client,
-    create: &CreateVolume,
-) -> Result<String, Failure> {
-    let CreateVolume { name, size, replicas, prefer, wait } = create;
-    if *replicas == 0 {
-        // On the wire 0 asks for the default, and who wrote 0 did not.
-        let message = format!("0 replicas for volume {name:?} are not valid: use 1, 3 or 5");
-        return Err(Status::invalid_argument(message).into());
-    }
-    let request = v1::CreateVolumeRequest {
-        name: name.clone(),
-        size_bytes: *size,
-        replicas: *replicas,
-        preferred_nodes: prefer.clone(),
-    };
-    let created = client.create_volume(request).await?.volume;
-    if !wait {
-        return one_volume(cli, created);
-    }
-    let ready = tokio::time::timeout(cli.timeout, wait_until_ready(client, name)).await;
-    let waited = cli.timeout;
-    let volume = ready.map_err(|_| Failure::NotReadyInTime { name: name.clone(), waited })??;
-    one_volume(cli, Some(volume))
-}
-
-async fn wait_until_ready(client: &Client, name: &str) -> Result<v1::Volume, Failure> {
-    loop {
-        let request = v1::GetVolumeRequest { volume: name.to_owned() };
-        let volume = client.get_volume(request).await?.volume;
-        let volume = volume.ok_or(Failure::AnswerIncomplete("volume"))?;
-        if volume.phase() != v1::VolumePhase::Creating {
-            return Ok(volume);
+/// Asks the person at the terminal, where the command destroys something and does not say `--yes`.
+fn confirm_first(command: &Command) -> Result<(), Failure> {
+    match command {
+        Command::Volume(VolumeCommand::Delete { volume, yes: false }) => confirm(volume),
+        Command::Pool(PoolCommand::Replace { node, yes: false, .. }) => confirm_pool(node),
+        Command::Volume(VolumeCommand::Attach(it)) | Command::Lease(LeaseCommand::Acquire(it))
+            if it.force && !it.yes =>
+        {
+            leases::confirm_force(&it.volume, &it.host)
         }
-        tokio::time::sleep(WAIT_STEP).await;
+        _ => Ok(()),
     }
 }
 
