@@ -38,6 +38,8 @@ fn volumes_that_cannot_be_are_refused() {
         ("more replicas than nodes", &["x", "--size", "1GiB", "--replicas", "5"], "replicas"),
         ("an even number of replicas", &["x", "--size", "1GiB", "--replicas", "2"], "replicas"),
         ("a size beyond all limits", &["x", "--size", "9000TiB"], "size"),
+        ("a preferred node that is not", &["x", "--size", "1GiB", "--prefer", "node-1,nope"], "nope"),
+        ("a node's number that is not", &["x", "--size", "1GiB", "--prefer", "9"], "node list"),
         ("another size of a volume that is", &["demo", "--size", "2GiB"], "demo"),
     ] {
         assert_refused(what, &ctl(&cluster, &[&["volume", "create"], arguments].concat()), names);

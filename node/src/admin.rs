@@ -248,10 +248,19 @@ impl<E: Env> Node<E> {
         if let Ok(known) = self.find_volume(name_or_id) {
             return Ok(known);
         }
+        self.hear_all().await?;
+        self.find_volume(name_or_id)
+    }
+
+    /// Waits until this node knows all that the cluster group had decided when it was asked.
+    ///
+    /// # Errors
+    /// [`AdminError::NoQuorum`].
+    pub async fn hear_all(&self) -> Result<(), AdminError> {
         // No volume has this id. When the entry is applied here, so is what was decided before.
         let nothing = Command::DeleteVolume { volume: VolumeId::from_bytes([0; 16]) };
         self.inner.cluster.propose(&nothing).await?;
-        self.find_volume(name_or_id)
+        Ok(())
     }
 
     /// Deletes a volume; one that is gone is done. Answers whether it was there.

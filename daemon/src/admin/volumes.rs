@@ -31,7 +31,7 @@ pub async fn create(
 ) -> Result<Volume, Status> {
     let ready_max = timeout.map_or(READY_MAX, |timeout| READY_MAX.min(timeout / 2));
     let replicas = if request.replicas == 0 { REPLICAS_DEFAULT } else { request.replicas };
-    let preferred = preferred(&node.cluster_state(), &request.preferred_nodes);
+    let preferred = preferred_surely(&node, &request.preferred_nodes).await?;
     let (name, size_bytes) = (&request.name, request.size_bytes);
     match node.create_volume_near(name, size_bytes, replicas, preferred, ready_max).await {
         Ok(volume) => Ok(volume),
@@ -41,15 +41,28 @@ pub async fn create(
     }
 }
 
-/// The nodes of those names or numbers, each once. One that is not there is no reason to fail.
-fn preferred(state: &ClusterState, names: &[String]) -> Vec<NodeId> {
+/// The nodes of those names or numbers. The cluster group is asked before one is said not to be there:
+/// what this node knows may be older.
+async fn preferred_surely(node: &LinuxNode, names: &[String]) -> Result<Vec<NodeId>, Status> {
+    let known = preferred(&node.cluster_state(), names);
+    if known.is_ok() {
+        return known;
+    }
+    node.hear_all().await.map_err(status)?;
+    preferred(&node.cluster_state(), names)
+}
+
+/// The nodes of those names or numbers, each once. One that has no room is passed by later; one that
+/// is not there is a mistake of who asks.
+fn preferred(state: &ClusterState, names: &[String]) -> Result<Vec<NodeId>, Status> {
     let mut nodes = Vec::new();
-    for node in names.iter().filter_map(|name| state.find_node(name)) {
-        if !nodes.contains(&node.id) {
-            nodes.push(node.id);
+    for name in names {
+        let node = state.find_node(name).ok_or_else(|| node_unknown(name))?.id;
+        if !nodes.contains(&node) {
+            nodes.push(node);
         }
     }
-    nodes
+    Ok(nodes)
 }
 
 /// Deletes a volume, on shard 0.
@@ -265,9 +278,19 @@ mod tests {
     }
 
     #[test]
-    fn preferred_nodes_that_are_not_there_are_passed_by() {
+    fn preferred_nodes_are_taken_by_name_or_number_and_must_be_there() {
         let state = leased(0, 0);
-        let names = ["node-7", "n1", "1", "nobody"].map(str::to_owned);
-        assert_eq!(preferred(&state, &names), [NodeId(1)]);
+        let preferred = |names: &[&str]| {
+            let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
+            preferred(&state, &names).map_err(|status| (status.code(), status.message().to_owned()))
+        };
+        assert_eq!(preferred(&[]), Ok(Vec::new()));
+        assert_eq!(preferred(&["n1", "1"]), Ok(vec![NodeId(1)]));
+        for wrong in ["node-7", "7", "0", "", "N1"] {
+            let (code, message) = preferred(&["n1", wrong]).unwrap_err();
+            assert_eq!(code, Code::NotFound);
+            let named = message.contains(&format!("{wrong:?}")) && message.contains("node list");
+            assert!(named, "{message}");
+        }
     }
 }

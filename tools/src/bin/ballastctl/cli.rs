@@ -231,7 +231,7 @@ pub struct CreateVolume {
     /// Number of copies, on different nodes: 1, 3 or 5
     #[arg(long, default_value_t = 3)]
     pub replicas: u32,
-    /// Nodes, by name or number, that are to have a copy if there is room
+    /// Nodes, by name or number, that are to have a copy if there is room there
     #[arg(long, value_name = "NODE[,NODE...]", value_delimiter = ',')]
     pub prefer: Vec<String>,
     /// Wait until it can be used
