@@ -64,6 +64,14 @@ pub const NBD_CONNECTION_OWN_BYTES: usize = 256 << 10;
 /// two other nodes forward here can be as much each.
 pub const REQUEST_MEMORY_BYTES: usize = 256 << 20;
 
+/// The same, the least that may be configured for each pool of a node, in bytes: one largest request
+/// must fit.
+pub const REQUEST_MEMORY_BYTES_MIN: usize = NBD_REQUEST_BYTES_MAX;
+
+/// The same, the most that may be configured for each pool, in bytes (64 GiB): all connections with as
+/// much as each may have in flight. More is never used, so a larger number was not meant.
+pub const REQUEST_MEMORY_BYTES_MAX: usize = NBD_CONNECTIONS_MAX * CONNECTION_INFLIGHT_BYTES_MAX;
+
 /// Commands of one host connection in flight: bounds the apply-side window of request numbers.
 pub const CONNECTION_INFLIGHT_COMMANDS_MAX: usize = 256;
 

@@ -368,12 +368,20 @@ mod tests {
             ("election_max_ms = 700", "election_max_ms = 400", "election_max_ms"),
             ("retention = \"256MiB\"", "retention = \"1KiB\"", "retention"),
             ("retention = \"256MiB\"", "retention = \"much\"", "much"),
-            ("requests = \"256MiB\"", "requests = \"31MiB\"", "at least 32MiB"),
+            ("requests = \"256MiB\"", "requests = \"31MiB\"", "use 32MiB to 64GiB"),
+            ("requests = \"256MiB\"", "requests = 0", "is 0 bytes: use 32MiB to 64GiB"),
+            ("requests = \"256MiB\"", "requests = \"65GiB\"", "use 32MiB to 64GiB"),
+            ("requests = \"256MiB\"", "requests = \"8388608TiB\"", "use 32MiB to 64GiB"),
+            ("requests = \"256MiB\"", "requests = -1", "requests"),
             ("requests = \"256MiB\"", "requests = \"all\"", "all"),
         ] {
             let error = check(from, to);
             assert!(error.contains(names), "{to}: {error}");
         }
+        let settings = crate::settings::Settings::check(toml::from_str(&example).unwrap()).unwrap();
+        assert!(settings.check_machine(256 << 20).is_ok());
+        let error = settings.check_machine(255 << 20).unwrap_err().to_string();
+        assert!(error.contains("memory.requests is 256MiB, and this machine has 255MiB"), "{error}");
         let two = example.rsplit_once("[[nodes]]").unwrap().0;
         let file = toml::from_str::<ConfigFile>(two).unwrap();
         let error = crate::settings::Settings::check(file).map(drop).unwrap_err().to_string();

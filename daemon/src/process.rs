@@ -49,6 +49,13 @@ impl Usage {
     }
 }
 
+/// Memory of this machine, in bytes; a container may have less.
+pub fn machine_memory() -> u64 {
+    let system = |variable| sysconf(variable).ok().flatten().and_then(|it| u64::try_from(it).ok());
+    let pages = system(SysconfVar::_PHYS_PAGES);
+    pages.zip(system(SysconfVar::PAGE_SIZE)).map_or(u64::MAX, |(pages, size)| pages * size)
+}
+
 /// Keeps this process from waiting for its own volumes when memory is short (docs/guide/memory.md).
 /// A node serves without that too: what is not permitted is said in the log, with the remedy.
 pub fn stay_out_of_reclaim(lock: bool) {

@@ -43,6 +43,7 @@ pub fn run(arguments: &RunArguments) -> Result<(), DaemonError> {
 /// # Errors
 /// [`DaemonError`].
 pub fn serve(settings: Settings) -> Result<(), DaemonError> {
+    settings.check_machine(process::machine_memory())?;
     // Before there is another thread.
     process::stay_out_of_reclaim(settings.lock_memory);
     // Before the first handle of a counter is made.

@@ -21,6 +21,9 @@ const HEARTBEAT_MIN: Duration = Duration::from_millis(10);
 /// Longest election timeout: hosts give a volume up that stalls for longer than a minute or so.
 const ELECTION_MAX: Duration = Duration::from_secs(60);
 
+/// The key of what clients' requests may hold.
+const REQUESTS: &str = "memory.requests";
+
 /// Everything a process needs to know to run a node.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -88,6 +91,19 @@ impl Settings {
         let shard = |pool| NodeConfig { pool, ..node.clone() };
         let shards = pools.into_iter().map(shard).collect();
         Ok(Self { shards, grpc, metrics, log: file.log, lock_memory: file.memory.lock })
+    }
+
+    /// Checks what depends on the machine that the node runs on.
+    ///
+    /// # Errors
+    /// [`ConfigError::Setting`].
+    pub fn check_machine(&self, memory_bytes: u64) -> Result<(), ConfigError> {
+        let requests: usize = self.shards.iter().map(|shard| shard.request_memory).sum();
+        if requests as u64 <= memory_bytes {
+            return Ok(());
+        }
+        let (requests, memory) = (Size(requests as u64), memory_bytes >> 20);
+        setting(REQUESTS, format!("is {requests}, and this machine has {memory}MiB: use less"))
     }
 
     /// What shard 0 needs: what is not about pools is the whole node's.
@@ -213,15 +229,18 @@ fn check_retention(bytes: u64) -> Result<u64, ConfigError> {
 
 /// A shard's part of the memory for clients' requests.
 fn request_memory(bytes: Option<u64>, shards: usize) -> Result<usize, ConfigError> {
-    use ballast_block::limits::{NBD_REQUEST_BYTES_MAX, REQUEST_MEMORY_BYTES};
-    let least = NBD_REQUEST_BYTES_MAX * shards;
-    let given = bytes.map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
-    let bytes = given.unwrap_or(REQUEST_MEMORY_BYTES.max(least));
-    if bytes < least {
-        let least = Size(least as u64);
-        return setting("memory.requests", format!("is {bytes} bytes: use at least {least}"));
+    use ballast_block::limits::{
+        REQUEST_MEMORY_BYTES, REQUEST_MEMORY_BYTES_MAX, REQUEST_MEMORY_BYTES_MIN,
+    };
+    let (least, most) = (REQUEST_MEMORY_BYTES_MIN * shards, REQUEST_MEMORY_BYTES_MAX * shards);
+    let bytes = bytes.unwrap_or(REQUEST_MEMORY_BYTES.max(least) as u64);
+    match usize::try_from(bytes) {
+        Ok(fits) if (least..=most).contains(&fits) => Ok(fits / shards),
+        _ => {
+            let range = format!("{} to {}", Size(least as u64), Size(most as u64));
+            setting(REQUESTS, format!("is {bytes} bytes: use {range}"))
+        }
     }
-    Ok(bytes / shards)
 }
 
 fn raft(times: &RaftTimes) -> Result<RaftSettings, ConfigError> {

@@ -130,6 +130,15 @@ fn damaged_and_foreign_disks_are_refused_and_not_touched() {
     cluster.wait_in_sync("demo");
 }
 
+/// A configuration of one node with this much memory for clients' requests.
+fn with_requests(requests: &str) -> String {
+    format!(
+        "cluster = \"0f2b5c3e-7a4d-4c1b-9e56-3d8f0a6b7c21\"\nnode = 1\npool = \"pool\"\n\
+         [memory]\nrequests = {requests}\n\
+         [[nodes]]\nid = 1\nname = \"only\"\npeer = \"127.0.0.1:9\"\n"
+    )
+}
+
 #[test]
 fn configurations_that_are_wrong_are_refused() {
     let scratch = ballast_e2e::scratch::Scratch::new("bad-config");
@@ -138,6 +147,8 @@ fn configurations_that_are_wrong_are_refused() {
     for (what, text, names) in [
         ("an unknown key", "no_such_key = 1\n", "no_such_key"),
         ("not TOML", "= = =\n", "config.toml"),
+        ("no memory", with_requests("0").as_str(), "32MiB"),
+        ("memory beyond all machines", with_requests("\"4096TiB\"").as_str(), "64GiB"),
     ] {
         std::fs::write(&file, text).expect("a file can be written");
         assert_refused(
