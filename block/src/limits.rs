@@ -309,6 +309,15 @@ pub const NBD_CONNECTIONS_MAX: usize = 1024;
 /// connection and says nothing holds one for no longer.
 pub const NBD_HANDSHAKE_SECONDS_MAX: u64 = 60;
 
+/// Time that an NBD client which opens an export waits for the volume's leader, in seconds, before it is
+/// refused in words: five times what an election takes, or the start of all nodes, with Raft's default
+/// times. With longer ones it is [`NBD_OPEN_ELECTIONS`] elections. A client without a retry of its own
+/// must get through a failover, and one that has other servers must hear soon.
+pub const NBD_OPEN_SECONDS_MAX: u64 = 10;
+
+/// The same, in elections of the longest time that is configured: two that come to nothing, and one.
+pub const NBD_OPEN_ELECTIONS: u32 = 3;
+
 /// Time that the other side of a TCP connection may leave everything unacknowledged, probes for a
 /// sign of life too, in seconds; then the connection fails. A host that lost its power says nothing
 /// for ever: its attachment would keep every other host out. Longer than most cuts heal in.

@@ -54,6 +54,29 @@ fn volumes_that_cannot_be_are_refused() {
     assert!(!output("nbdinfo", &[&cluster.uri(1).replace("demo", "nope")]).status.success());
 }
 
+/// A client that tries once gets through an election, and hears in words that there will be none.
+#[test]
+fn an_export_without_quorum_is_refused_in_words_and_in_time() {
+    /// `NBD_OPEN_SECONDS_MAX`, and what a busy machine takes beside.
+    const SECONDS: u64 = 10 + 3;
+    let mut cluster = Cluster::start("bad-quorum");
+    let uri = cluster.uri(1);
+    let write = || output("qemu-io", &["-f", "raw", "-c", "write -P 7 0 4k", &uri]);
+    cluster.move_leader("demo", 2);
+    cluster.kill(2);
+    let during_election = write();
+    assert!(during_election.status.success(), "{during_election:?}");
+    cluster.kill(3);
+    let start = Instant::now();
+    let refused = write();
+    let took = start.elapsed();
+    assert_refused("no quorum", &refused, "no quorum of replicas that this node reaches");
+    assert_refused("no quorum", &refused, "no link to node-2, node-3");
+    assert!(took < Duration::from_secs(SECONDS), "{took:?}");
+    cluster.restart(3);
+    run("qemu-io", &["-f", "raw", "-c", "read -P 7 0 4k", &uri]);
+}
+
 #[test]
 fn waiting_for_a_volume_ends_in_time_and_says_what_is_missing() {
     const SECONDS: u64 = 6;

@@ -198,8 +198,14 @@ pub enum OpenExportError {
     )]
     LeaseNeeded,
     /// No leader or no quorum within the time limit.
-    #[error("volume has no quorum of replicas at the moment; try again when its nodes are back")]
-    NoQuorum,
+    #[error(
+        "volume has no quorum of replicas that this node reaches{}; try another node, or again when \
+         its nodes are back", no_link(.unreachable)
+    )]
+    NoQuorum {
+        /// Nodes with replicas that this one has no link to, for people; empty = it has one to each.
+        unreachable: String,
+    },
     /// This node can't serve the volume; others may.
     #[error("{why}; use another node")]
     NotServedHere {
@@ -215,6 +221,10 @@ pub enum OpenExportError {
     /// The node stops.
     #[error("node is shutting down; use another node")]
     ShuttingDown,
+}
+
+fn no_link(unreachable: &str) -> String {
+    if unreachable.is_empty() { String::new() } else { format!(" (no link to {unreachable})") }
 }
 
 /// Why exports can't be listed now.

@@ -379,7 +379,7 @@ fn reply_of(error: &OpenExportError) -> u32 {
         | OpenExportError::LeasedElsewhere { .. }
         | OpenExportError::LeaseNotInForce(_)
         | OpenExportError::LeaseNeeded
-        | OpenExportError::NoQuorum
+        | OpenExportError::NoQuorum { .. }
         | OpenExportError::NotServedHere { .. }
         | OpenExportError::TooManyConnections { .. } => option_reply::ERR_POLICY,
         OpenExportError::ShuttingDown => option_reply::ERR_SHUTDOWN,

@@ -39,9 +39,6 @@ pub const OPERATION_MAX: Duration = Duration::from_secs(300);
 /// Longest wait for the leader's answer before the operation is sent again, under the same number.
 const ATTEMPT_MAX: Duration = Duration::from_secs(5);
 
-/// Longest that opening an export waits for a quorum.
-const ATTACH_MAX: Duration = Duration::from_secs(20);
-
 /// How long the link to a leader is down before a replica that still hears it is asked to take the
 /// lead over: longer than a lost connection takes to come back.
 const LEADER_UNREACHABLE_MAX: Duration = Duration::from_secs(1);
@@ -58,9 +55,6 @@ pub enum AttachError {
     /// Another attachment holds it.
     #[error("volume is attached for writing by a client of {0}")]
     Held(NodeId),
-    /// No leader answered in time.
-    #[error("volume has no quorum")]
-    NoQuorum,
     /// The lease that it names is not in force, or does not let its holder write.
     #[error("{0} is not in force for this")]
     NotLeased(Epoch),
@@ -103,7 +97,8 @@ impl<E: Env> Drop for Request<'_, E> {
 
 impl<E: Env> VolumeClient<E> {
     /// Opens the volume `name`; for writing, makes it a writer. `epoch`: the lease that it is opened
-    /// under; 0 = none.
+    /// under; 0 = none. Asks until a leader answers: who calls sets the end, and may drop this at any
+    /// time. An attachment that was made all the same stands for nobody, and the next one takes over.
     ///
     /// # Errors
     /// [`AttachError`].
@@ -176,9 +171,8 @@ impl<E: Env> VolumeClient<E> {
             epoch: self.epoch.0,
             reads_only: self.read_only,
         };
-        let end = self.inner.env.now().after(ATTACH_MAX);
         let mut pause = RETRY_PAUSE_MIN;
-        while self.inner.env.now() < end {
+        loop {
             let target = self.target();
             let reply = self.attach_at(target, ask).await;
             match reply {
@@ -204,7 +198,6 @@ impl<E: Env> VolumeClient<E> {
             self.inner.env.sleep(pause).await;
             pause = (pause * 2).min(RETRY_PAUSE_MAX);
         }
-        Err(AttachError::NoQuorum)
     }
 
     async fn attach_at(&self, target: NodeId, ask: AttachV1) -> Result<AttachReplyV1, PeerError> {

@@ -13,9 +13,11 @@ use std::rc::{Rc, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use ballast_block::limits::{NBD_CONNECTIONS_MAX, NBD_HANDSHAKE_SECONDS_MAX};
-use ballast_block::{Epoch, IoError, IoReply, ShardId};
-use ballast_cluster::{Volume, VolumePhase};
+use ballast_block::limits::{
+    NBD_CONNECTIONS_MAX, NBD_HANDSHAKE_SECONDS_MAX, NBD_OPEN_ELECTIONS, NBD_OPEN_SECONDS_MAX,
+};
+use ballast_block::{Epoch, IoError, IoReply, NodeId, ShardId};
+use ballast_cluster::{ReplicaState, Volume, VolumePhase};
 use ballast_env::Env;
 use ballast_env::network::Listener;
 use ballast_nbd::{
@@ -28,6 +30,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 
 use crate::client::{AttachError, VolumeClient};
+use crate::config::NodeConfig;
 use crate::leases::{COPY_LAG_MAX, LeasePolicy};
 use crate::nbd_lanes::{self, Place};
 use crate::node::Inner;
@@ -236,8 +239,7 @@ impl<E: Env> Connection<E> {
 
     async fn serve(&mut self, asked: Option<OpenExport>) -> io::Result<Served> {
         if let Some(open) = asked {
-            self.hear_of(&open).await;
-            let opened = self.open(open).await;
+            let opened = self.open_in_time(open, true).await;
             self.session.export_opened(opened);
         }
         loop {
@@ -249,7 +251,7 @@ impl<E: Env> Connection<E> {
                             flush(&mut self.stream, &mut self.session).await?;
                             return Ok(Served::Elsewhere(shard, open));
                         }
-                        let opened = self.open(open).await;
+                        let opened = self.open_in_time(open, false).await;
                         self.session.export_opened(opened);
                     }
                     event => self.handle(event),
@@ -393,6 +395,45 @@ impl<E: Env> Connection<E> {
         state.volume_by_name(&name).cloned().ok_or(OpenExportError::Unknown)
     }
 
+    /// Opens an export, or refuses it when the volume has had no leader for too long.
+    async fn open_in_time(
+        &mut self,
+        open: OpenExport,
+        handed_over: bool,
+    ) -> Result<ExportInfo, OpenExportError> {
+        let (inner, asked) = (self.inner.clone(), open.clone());
+        let opening = async {
+            if handed_over {
+                self.hear_of(&open).await;
+            }
+            self.open(open).await
+        };
+        let opened = tokio::select! {
+            biased;
+            opened = opening => Some(opened),
+            () = inner.env.sleep(open_max(&inner.config)) => None,
+        };
+        opened.unwrap_or_else(|| Err(self.no_leader(&asked)))
+    }
+
+    /// Why there is none, as far as this node sees.
+    fn no_leader(&self, open: &OpenExport) -> OpenExportError {
+        let volume = match self.volume_of(open) {
+            Ok(volume) => volume,
+            Err(error) => return error,
+        };
+        let inner = &self.inner;
+        let state = inner.cluster.state();
+        let replicas = state.replicas_of(volume.family);
+        let nodes = replicas.filter(|it| it.state == ReplicaState::Ready).map(|it| it.node);
+        let is_away = |&node: &NodeId| node != inner.config.node && inner.links.peer(node).is_none();
+        let name = |id| state.node(id).map_or_else(|| id.to_string(), |node| node.name.clone());
+        let unreachable = nodes.filter(is_away).map(name).collect::<Vec<_>>().join(", ");
+        let (from, volume) = (&self.from, volume.name);
+        tracing::warn!(from, volume, unreachable, "NBD client refused: no leader");
+        OpenExportError::NoQuorum { unreachable }
+    }
+
     async fn open(&mut self, open: OpenExport) -> Result<ExportInfo, OpenExportError> {
         let volume = self.volume_of(&open)?;
         let read_only = open.name.access == Access::ReadOnly;
@@ -486,10 +527,16 @@ fn refusal(error: AttachError, volume: &Volume) -> OpenExportError {
         AttachError::Held(node) => {
             OpenExportError::AlreadyAttached { holder: format!("a client of {node}") }
         }
-        AttachError::NoQuorum => OpenExportError::NoQuorum,
         AttachError::NotLeased(epoch) => OpenExportError::LeaseNotInForce(epoch),
         AttachError::Leased => OpenExportError::LeasedElsewhere { holder: holders(volume) },
     }
+}
+
+/// How long a client waits until its export is open.
+fn open_max(config: &NodeConfig) -> Duration {
+    let elections = config.raft.election_max * NBD_OPEN_ELECTIONS;
+    let most = Duration::from_secs(NBD_HANDSHAKE_SECONDS_MAX - 1);
+    Duration::from_secs(NBD_OPEN_SECONDS_MAX).max(elections).min(most)
 }
 
 /// Who holds the volume's leases, for people.

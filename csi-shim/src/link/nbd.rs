@@ -51,7 +51,10 @@ pub enum ConnectError {
     #[error("{0}: {1}")]
     Io(Address, #[source] std::io::Error),
     /// No answer in time.
-    #[error("{0} did not answer within {secs} s", secs = HANDSHAKE_TIME.as_secs())]
+    #[error(
+        "{0} did not open the export within {secs} s: it hangs, or the volume has no leader",
+        secs = HANDSHAKE_TIME.as_secs()
+    )]
     Silent(Address),
     /// Not what NBD says.
     #[error("{0} is no NBD server of the kind that is needed: {1}")]
