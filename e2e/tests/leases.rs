@@ -6,6 +6,7 @@ use std::process::Output;
 use ballast_api::v1 as api;
 use ballast_api::v1::VolumeContent;
 use ballast_e2e::cluster::{Cluster, Options};
+use ballast_e2e::nbd::Connection;
 use ballast_e2e::process::{Running, output, run};
 use ballast_e2e::scratch;
 use ballast_e2e::wait::until_true;
@@ -54,7 +55,8 @@ struct Writer {
 
 impl Writer {
     fn start(cluster: &Cluster, uri: &str) -> Writer {
-        let answers = cluster.scratch.file("writer.txt");
+        let answers = uri.replace(|c: char| !c.is_ascii_alphanumeric(), "-") + ".txt";
+        let answers = cluster.scratch.file(&answers);
         let command = format!("exec stdbuf -oL qemu-io -f raw '{uri}' >'{answers}' 2>&1");
         let log = cluster.scratch.path().join("writer.log");
         Writer { process: Running::start(&log, &["bash", "-c", &command], true), answers }
@@ -70,6 +72,36 @@ impl Writer {
             all.get(before..).is_some_and(|new| new.contains(says))
         });
     }
+}
+
+/// A development cluster lets in whoever connects. That is no lease, and is shown all the same.
+#[test]
+fn a_client_without_a_lease_is_shown_with_the_volume() {
+    let cluster = small("leases-none");
+    let writers = || {
+        let shown = cluster.ballastctl(3, &["volume", "show", "demo", "-o", "json"]);
+        let shown: Value = serde_json::from_str(&shown).expect("JSON");
+        shown["writers"].clone()
+    };
+    assert_eq!(writers(), serde_json::json!([]));
+    let mut client = Writer::start(&cluster, &uri(&cluster, 2, "demo"));
+    client.tell("write -P 0x11 0 4k", "wrote 4096/4096");
+    let _reader = Connection::open(&uri(&cluster, 1, "demo@ro")).expect("it may read");
+    let unleased = serde_json::json!([{ "node": 2, "epoch": null, "host": null }]);
+    assert_eq!(writers(), unleased, "readers are in no list");
+    let list = cluster.ballastctl(1, &["lease", "list"]);
+    assert_eq!(list.lines().count(), 1, "a header and no lease: {list}");
+
+    // A lease puts it out.
+    let (epoch, export) = acquire(&cluster, 1, &["--host", "host-1"]);
+    client.tell("write -P 0x33 0 4k", "failed");
+    assert_eq!(writers(), serde_json::json!([]));
+    let mut holder = Writer::start(&cluster, &uri(&cluster, 1, &export));
+    holder.tell("read -P 0x11 0 4k", "read 4096/4096");
+    let leased = serde_json::json!([{ "node": 1, "epoch": epoch, "host": "host-1" }]);
+    assert_eq!(writers(), leased);
+    drop(holder);
+    until_true("the end of the attachment", 20, || writers() == serde_json::json!([]));
 }
 
 #[test]

@@ -493,6 +493,20 @@ pub struct ReplicaReportV1 {
     /// members change, those that count before and after; none until the end of that is applied.
     #[prost(uint64, repeated, tag = "13")]
     pub voters: Vec<u64>,
+    /// Who may write, as applied here.
+    #[prost(message, repeated, tag = "14")]
+    pub writers: Vec<WriterV1>,
+}
+
+/// An attachment that may write.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct WriterV1 {
+    /// The node that serves it.
+    #[prost(uint32, tag = "1")]
+    pub node: u32,
+    /// The lease that it was made under; 0 = none.
+    #[prost(uint64, tag = "2")]
+    pub epoch: u64,
 }
 
 /// What a node knows of itself.

@@ -7,11 +7,12 @@ use ballast_block::NodeId;
 use ballast_env::Env;
 use ballast_raft_store::replica::Health;
 use ballast_raft_store::types::StoredMembership;
+use ballast_volume::command::Writer;
 use ballast_volume::group::Group;
 use openraft::ServerState;
 use openraft::async_runtime::WatchReceiver;
 
-use crate::calls::{NodeReportV1, ReplicaReportV1, Tag, decode};
+use crate::calls::{NodeReportV1, ReplicaReportV1, Tag, WriterV1, decode};
 use crate::node::Inner;
 use crate::peers::links::Lane;
 use crate::peers::wire::{Frame, Kind};
@@ -29,6 +30,8 @@ pub(crate) async fn own<E: Env>(inner: &Inner<E>) -> NodeReportV1 {
         let state = family.state();
         report.writer_node = state.writer().map_or(0, |writer| writer.node.0);
         report.size = state.size();
+        let writer = |it: Writer| WriterV1 { node: it.node.0, epoch: it.epoch.0 };
+        report.writers = state.writers().map(writer).collect();
         replicas.push(report);
     }
     let links = inner.config.founders.iter().map(|founder| founder.node);
@@ -75,6 +78,7 @@ fn replica<E: Env>(group: &Group<E>) -> ReplicaReportV1 {
         matched,
         writer_node: 0,
         size: 0,
+        writers: Vec::new(),
         voters: voters_in_force(&metrics.membership_config, applied_index),
     }
 }

@@ -98,6 +98,11 @@ impl FamilyState {
         self.writers.newest()
     }
 
+    /// All who may write.
+    pub fn writers(&self) -> impl Iterator<Item = Writer> {
+        self.writers.all()
+    }
+
     /// The leases that the family goes by.
     pub fn leases(&self) -> &LeaseTable {
         &self.leases

@@ -47,10 +47,14 @@ pub(crate) struct WriterV1 {
 }
 
 impl Writers {
+    /// Each of them.
+    pub(crate) fn all(&self) -> impl Iterator<Item = Writer> {
+        self.0.iter().map(|(&attachment, state)| state.named(attachment))
+    }
+
     /// The newest.
     pub(crate) fn newest(&self) -> Option<Writer> {
-        let all = self.0.iter().map(|(&attachment, state)| state.named(attachment));
-        all.max_by_key(|writer| writer.generation)
+        self.all().max_by_key(|writer| writer.generation)
     }
 
     pub(crate) fn get(&self, attachment: AttachmentId) -> Option<Writer> {

@@ -199,7 +199,8 @@ impl Admin for Fake {
         let answer = volume.clone();
         volume.phase = api::VolumePhase::Ready as i32;
         move_on(volume, overtaken);
-        Ok(Response::new(api::GetVolumeResponse { volume: Some(answer), replicas: Vec::new() }))
+        let volume = Some(answer);
+        Ok(Response::new(api::GetVolumeResponse { volume, ..Default::default() }))
     }
 
     async fn list_volumes(

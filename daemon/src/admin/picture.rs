@@ -190,6 +190,13 @@ impl Picture {
         }
     }
 
+    /// Who may write to a volume, as its leader says.
+    pub fn writers_of(&self, volume: &Volume) -> Vec<api::Writer> {
+        let leader = self.leader(volume.family).into_iter();
+        let writers = leader.flat_map(|(_, report)| &report.writers);
+        writers.map(|it| api::Writer { node: it.node, epoch: it.epoch }).collect()
+    }
+
     /// A volume's replicas.
     pub fn replicas_of(&self, volume: &Volume) -> Vec<api::Replica> {
         self.state.replicas_of(volume.family).map(|replica| self.replica(replica)).collect()

@@ -115,6 +115,7 @@ impl Admin for Service {
         Ok(Response::new(api::GetVolumeResponse {
             volume: Some(picture.volume(volume)),
             replicas: picture.replicas_of(volume),
+            writers: picture.writers_of(volume),
         }))
     }
 

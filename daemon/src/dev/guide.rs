@@ -31,8 +31,8 @@ pub fn text(folder: &Folder, description: &Description) -> String {
         let (name, nbd) = (&volume.name, &volume.nbd);
         text.push_str(&format!(
             "\nAny NBD client can use volume {name} ({} bytes), on any node, as long as nobody has \
-             leased it\n(a development cluster grants that to whoever connects; production needs \
-             a lease):\n\n  \
+             leased it.\n(A development cluster lets in whoever connects, without a lease: `lease list` \
+             does not show it,\n`volume show` does. Production needs a lease.)\n\n  \
              nbdinfo {nbd}\n  \
              qemu-img info {nbd}\n  \
              qemu-io -f raw -c 'write -P 0x5a 0 1M' -c 'read -P 0x5a 0 1M' {nbd}\n  \

@@ -222,6 +222,14 @@ impl World {
         self.cluster.replicas_of(volume.family).map(replica).collect()
     }
 
+    /// A host that may write does so through node 2; a volume with this name is used without a lease.
+    fn writers(&self, volume: &ballast_cluster::Volume) -> Vec<v1::Writer> {
+        let may_write = volume.leases.iter().filter(|lease| !lease.read_only);
+        let leased = may_write.map(|lease| v1::Writer { node: 2, epoch: lease.epoch.0 });
+        let unleased = (volume.name == "open").then_some(v1::Writer { node: 1, epoch: 0 });
+        leased.chain(unleased).collect()
+    }
+
     fn node(&self, node: &ballast_cluster::Node) -> v1::Node {
         let pools: Vec<_> = self.cluster.pools_on(node.id).collect();
         let mut shown = v1::Node {
@@ -382,6 +390,7 @@ impl Admin for Fixture {
         let answer = v1::GetVolumeResponse {
             volume: Some(world.volume(&volume)),
             replicas: world.replicas(&volume),
+            writers: world.writers(&volume),
         };
         if self.makes_ready {
             world.make_ready(&volume)?;

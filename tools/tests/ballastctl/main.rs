@@ -100,6 +100,7 @@ fn leases_are_acquired_taken_and_released() {
     }
     let attach = "volume attach db --host host-1";
     assert_golden("attach.txt", &done(&node, attach));
+    assert_golden("show-written.txt", &done(&node, "volume show db"));
     assert_eq!(done(&node, attach), done(&node, "lease acquire db --host host-1"), "the same");
     assert_eq!(
         failed(&node, "lease acquire db --host host-2", 1),
@@ -119,6 +120,9 @@ fn leases_are_acquired_taken_and_released() {
     assert_golden("leases.txt", &done(&node, "lease list"));
     assert_golden("leases.json", &done(&node, "lease list --volume db -o json"));
     assert_golden("show-leased.txt", &done(&node, "volume show data"));
+    done(&node, "volume create open --size 16GiB --wait");
+    assert_golden("show-open.txt", &done(&node, "volume show open"));
+    assert_golden("show-open.json", &done(&node, "volume show open -o json"));
     let of_host = done(&node, "lease list --host host-3");
     assert_eq!(of_host.lines().count(), 2, "{of_host}");
     assert_eq!(

@@ -8,7 +8,7 @@ use crate::table::{fields, table};
 use crate::time::show_time;
 use crate::view::{
     Deleted, LeaderMoved, NodeDetail, Nodes, OneVolume, Pool, PoolReplaced, Pools, Replica, Status,
-    Volume, VolumeDetail, Volumes,
+    Volume, VolumeDetail, Volumes, Writer,
 };
 
 /// An answer: `Serialize` is its form for programs.
@@ -37,6 +37,10 @@ impl Answer for VolumeDetail {
         if !self.volume.leases.is_empty() {
             text.push('\n');
             text.push_str(&lease_table(&self.volume.leases));
+        }
+        if !self.writers.is_empty() {
+            text.push('\n');
+            text.push_str(&writer_table(&self.writers));
         }
         text
     }
@@ -203,6 +207,15 @@ fn replica_table(replicas: &[Replica]) -> String {
     let header =
         ["REPLICA", "NODE", "STATE", "ROLE", "TERM", "LOG", "APPLIED", "LAG", "IN SYNC", "POOL"];
     table(header, &replicas.iter().map(row).collect::<Vec<_>>())
+}
+
+fn writer_table(writers: &[Writer]) -> String {
+    let row = |it: &Writer| {
+        let lease = it.epoch.map_or("none".to_owned(), |epoch| epoch.to_string());
+        [format!("node {}", it.node), lease, or_dash(it.host.as_ref())]
+    };
+    let header = ["WRITTEN THROUGH", "UNDER LEASE", "HOST"];
+    table(header, &writers.iter().map(row).collect::<Vec<_>>())
 }
 
 fn pool_table(pools: &[Pool]) -> String {

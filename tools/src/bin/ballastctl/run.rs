@@ -146,8 +146,8 @@ async fn volume(
         }
         VolumeCommand::Show { volume } => {
             let answer = client.get_volume(v1::GetVolumeRequest { volume: volume.clone() }).await?;
-            let volume = answer.volume.ok_or(Failure::AnswerIncomplete("volume"))?.into();
-            Ok(show(cli, &view::VolumeDetail { volume, replicas: all(answer.replicas) }))
+            let volume = answer.volume.ok_or(Failure::AnswerIncomplete("volume"))?;
+            Ok(show(cli, &view::VolumeDetail::new(volume, answer.replicas, answer.writers)))
         }
         VolumeCommand::Delete { volume, .. } => {
             let request = v1::DeleteVolumeRequest { volume: volume.clone() };

@@ -121,6 +121,17 @@ pub struct OneVolume {
 pub struct VolumeDetail {
     pub volume: Volume,
     pub replicas: Vec<Replica>,
+    pub writers: Vec<Writer>,
+}
+
+/// Who has a volume open for writing.
+#[derive(Debug, Serialize)]
+pub struct Writer {
+    /// The node that serves it.
+    pub node: u32,
+    /// Its lease and the host that has that; `null`: it has the volume open without one.
+    pub epoch: Option<u64>,
+    pub host: Option<String>,
 }
 
 /// `ballastctl volume list`.
@@ -200,6 +211,20 @@ impl From<v1::Volume> for Volume {
             created_at_ms: it.created_at_ms,
             leases: it.leases.into_iter().map(Lease::from).collect(),
         }
+    }
+}
+
+impl VolumeDetail {
+    /// Of what a node answered about a volume that is there.
+    pub fn new(volume: v1::Volume, replicas: Vec<v1::Replica>, writers: Vec<v1::Writer>) -> Self {
+        let volume = Volume::from(volume);
+        let writer = |it: v1::Writer| {
+            let lease = volume.leases.iter().find(|lease| lease.epoch == it.epoch);
+            let host = lease.map(|lease| lease.host.clone());
+            Writer { node: it.node, epoch: known(it.epoch), host }
+        };
+        let writers = writers.into_iter().map(writer).collect();
+        Self { replicas: replicas.into_iter().map(Replica::from).collect(), writers, volume }
     }
 }
 
@@ -332,6 +357,6 @@ fn health_name(health: v1::ClusterHealth) -> &'static str {
     }
 }
 
-fn known(node: u32) -> Option<u32> {
-    Some(node).filter(|&node| node != 0)
+fn known<N: Default + PartialEq>(number: N) -> Option<N> {
+    Some(number).filter(|number| *number != N::default())
 }
