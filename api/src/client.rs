@@ -12,8 +12,8 @@ use thiserror::Error;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Response, Status};
 
-use crate::v1;
 use crate::v1::admin_client::AdminClient;
+use crate::{probe, v1};
 
 /// How long one node may take to accept a connection: a node that is up does so in milliseconds,
 /// and the next node is waiting to be asked.
@@ -62,7 +62,17 @@ pub struct Client {
 
 struct Node {
     url: String,
+    /// `HOST:PORT`.
+    address: String,
     admin: AdminClient<Channel>,
+}
+
+/// A node that was asked in vain.
+struct Failure<'a> {
+    node: &'a Node,
+    status: Status,
+    /// What answers there instead of a node, if that is known.
+    stranger: Option<&'static str>,
 }
 
 impl Client {
@@ -138,13 +148,17 @@ impl Client {
             let node = &self.nodes[index];
             let left = self.time_left();
             if left.is_zero() {
-                failures.push((&node.url, Status::deadline_exceeded("not asked any more")));
+                let status = Status::deadline_exceeded("not asked any more");
+                failures.push(Failure { node, status, stranger: None });
                 continue;
             }
             let mut request = Request::new(request.clone());
             request.set_timeout(left);
             match self.in_time(method(node.admin.clone(), request)).await {
-                Err(status) if is_no_answer(&status) => failures.push((&node.url, status)),
+                Err(status) if is_no_answer(&status) => {
+                    let stranger = self.stranger(node, &status).await;
+                    failures.push(Failure { node, status, stranger });
+                }
                 answer => {
                     self.answered_last.store(index, Ordering::Relaxed);
                     return answer.map(Response::into_inner);
@@ -158,6 +172,15 @@ impl Client {
     fn time_left(&self) -> Duration {
         let left = self.deadline.map(|end| end.saturating_duration_since(Instant::now()));
         left.unwrap_or(self.call_timeout)
+    }
+
+    /// What answers at a node's address, where a connection was made and came to nothing.
+    async fn stranger(&self, node: &Node, status: &Status) -> Option<&'static str> {
+        let broke = matches!(status.code(), Code::Cancelled | Code::Unknown | Code::Internal);
+        if !broke || self.time_left().is_zero() {
+            return None;
+        }
+        self.in_time(async { Ok(probe::stranger(&node.address).await) }).await.ok().flatten()
     }
 
     /// The request's own timeout begins when there is a connection: the deadline does not wait for one.
@@ -246,13 +269,14 @@ impl Node {
         if !is_node {
             return Err(invalid());
         }
+        let address = endpoint.uri().authority().map(ToString::to_string).unwrap_or_default();
         let channel = endpoint
             .connect_timeout(CONNECT_TIMEOUT)
             .http2_keep_alive_interval(ALIVE_INTERVAL)
             .keep_alive_timeout(ALIVE_TIMEOUT)
             .connect_lazy();
         let admin = AdminClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX);
-        Ok(Self { url, admin })
+        Ok(Self { url, address, admin })
     }
 }
 
@@ -266,10 +290,9 @@ fn is_no_answer(status: &Status) -> bool {
     }
 }
 
-fn no_answer(failures: &[(&String, Status)], late: bool) -> Status {
-    let reasons: Vec<String> =
-        failures.iter().map(|(url, status)| format!("{url}: {}", reason(status))).collect();
-    let answered = failures.iter().any(|(_, status)| is_own_word(status));
+fn no_answer(failures: &[Failure<'_>], late: bool) -> Status {
+    let reasons: Vec<String> = failures.iter().map(Failure::text).collect();
+    let answered = failures.iter().any(|it| is_own_word(&it.status));
     let what = if answered { "no node could do what was asked" } else { "no node answered" };
     let remedy = if late {
         "time is up, and it may have been done all the same: look, or ask again with more time"
@@ -277,6 +300,16 @@ fn no_answer(failures: &[(&String, Status)], late: bool) -> Status {
         "check that ballastd runs there and that a majority of the nodes is up, then try again"
     };
     Status::unavailable(format!("{what} ({}); {remedy}", reasons.join("; ")))
+}
+
+impl Failure<'_> {
+    fn text(&self) -> String {
+        let url = &self.node.url;
+        match self.stranger {
+            Some(stranger) => format!("{url}: {stranger}"),
+            None => format!("{url}: {}", reason(&self.status)),
+        }
+    }
 }
 
 /// Whether a node said so itself. What was made here has the transport's error behind it.

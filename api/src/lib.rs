@@ -5,6 +5,7 @@
 //! service. Not on the write path. `docs/api.md` is the page for users.
 
 pub mod client;
+mod probe;
 mod timeout;
 
 pub use client::{Client, EndpointError};

@@ -381,7 +381,10 @@ mod tests {
         let settings = crate::settings::Settings::check(toml::from_str(&example).unwrap()).unwrap();
         assert!(settings.check_machine(256 << 20).is_ok());
         let error = settings.check_machine(255 << 20).unwrap_err().to_string();
-        assert!(error.contains("memory.requests is 256MiB, and this machine has 255MiB"), "{error}");
+        assert!(
+            error.contains("memory.requests is 256MiB, and this machine has 255MiB"),
+            "{error}"
+        );
         let two = example.rsplit_once("[[nodes]]").unwrap().0;
         let file = toml::from_str::<ConfigFile>(two).unwrap();
         let error = crate::settings::Settings::check(file).map(drop).unwrap_err().to_string();

@@ -38,7 +38,11 @@ fn volumes_that_cannot_be_are_refused() {
         ("more replicas than nodes", &["x", "--size", "1GiB", "--replicas", "5"], "replicas"),
         ("an even number of replicas", &["x", "--size", "1GiB", "--replicas", "2"], "replicas"),
         ("a size beyond all limits", &["x", "--size", "9000TiB"], "size"),
-        ("a preferred node that is not", &["x", "--size", "1GiB", "--prefer", "node-1,nope"], "nope"),
+        (
+            "a preferred node that is not",
+            &["x", "--size", "1GiB", "--prefer", "node-1,nope"],
+            "nope",
+        ),
         ("a node's number that is not", &["x", "--size", "1GiB", "--prefer", "9"], "node list"),
         ("another size of a volume that is", &["demo", "--size", "2GiB"], "demo"),
     ] {
@@ -52,6 +56,21 @@ fn volumes_that_cannot_be_are_refused() {
     );
     assert_eq!(cluster.ballastctl(1, &["volume", "list"]), before, "nothing changed");
     assert!(!output("nbdinfo", &[&cluster.uri(1).replace("demo", "nope")]).status.success());
+}
+
+#[test]
+fn an_endpoint_that_is_another_port_of_a_node_is_told_so() {
+    let cluster = Cluster::start("bad-endpoint");
+    let program = scratch::program("ballastctl").display().to_string();
+    let node = cluster.node(1);
+    let other = |url: &str| {
+        let address = url.split("://").nth(1).expect("an address");
+        address.split('/').next().expect("an address").to_owned()
+    };
+    for (url, says) in [(&node.nbd, "an NBD server"), (&node.metrics, "a web server")] {
+        let asked = output(&program, &["--endpoint", &other(url), "volume", "list"]);
+        assert_refused("another port", &asked, &format!("{says} answers there"));
+    }
 }
 
 /// A client that tries once gets through an election, and hears in words that there will be none.

@@ -426,7 +426,8 @@ impl<E: Env> Connection<E> {
         let state = inner.cluster.state();
         let replicas = state.replicas_of(volume.family);
         let nodes = replicas.filter(|it| it.state == ReplicaState::Ready).map(|it| it.node);
-        let is_away = |&node: &NodeId| node != inner.config.node && inner.links.peer(node).is_none();
+        let is_away =
+            |&node: &NodeId| node != inner.config.node && inner.links.peer(node).is_none();
         let name = |id| state.node(id).map_or_else(|| id.to_string(), |node| node.name.clone());
         let unreachable = nodes.filter(is_away).map(name).collect::<Vec<_>>().join(", ");
         let (from, volume) = (&self.from, volume.name);

@@ -1,5 +1,6 @@
 //! Which nodes are asked, and when the next one is.
 
+use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
@@ -86,6 +87,37 @@ fn the_time_limit_is_that_of_the_command_however_many_nodes_hang() {
         assert!(run.err.contains(part), "{part} is not in {}", run.err);
     }
     assert!(urls.iter().all(|url| run.err.contains(url)), "{}", run.err);
+}
+
+/// A server that says this to whoever connects, and hangs up when it has read something.
+fn stranger(says: &'static [u8]) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            // Whoever has gone already needs no answer.
+            let _ = stream.write_all(says).and_then(|()| stream.read(&mut [0; 4]).map(drop));
+        }
+    });
+    url
+}
+
+#[test]
+fn a_port_that_is_not_the_administrations_is_told_so() {
+    let (nbd, web) = (stranger(b"NBDMAGICIHAVEOPT\0\x03"), stranger(b"HTTP/1.1 405 No\r\n\r\n"));
+    for (url, says) in [(&nbd, "an NBD server answers there"), (&web, "a web server answers there")]
+    {
+        let start = Instant::now();
+        let run = ballastctl(url, "status");
+        assert_eq!((run.code, run.out.as_str()), (1, ""));
+        let told = run.err.contains(&format!("{url}: {says}")) && run.err.contains("listen.grpc");
+        assert!(told, "{}", run.err);
+        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    }
+    let node = Node::start();
+    let run = ballastctl(&format!("{nbd},{}", node.url()), "status");
+    assert_eq!(run.code, 0, "the next one is asked: {}", run.err);
 }
 
 #[test]
