@@ -239,7 +239,8 @@ impl Command {
     }
 
     /// The oldest reader version that applies it as meant. A command whose meaning changes gets a
-    /// higher one, and may be proposed only when all registered nodes have it.
+    /// higher one: a node that is older halts when it meets one. Nothing keeps a newer node from proposing
+    /// it before all others are new (docs/guide/install.md, "Update").
     pub fn min_reader(&self) -> u32 {
         match self {
             Command::AcquireLease(it) if it.unique_epoch || it.seen_revision.is_some() => 6,

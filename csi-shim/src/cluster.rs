@@ -106,6 +106,18 @@ impl Asking {
         found.ok_or_else(|| Refusal::VolumeUnknown(id.to_owned()))
     }
 
+    /// As [`Asking::volume`], with all that was decided before: for who decides by it.
+    ///
+    /// # Errors
+    /// As [`Asking::volume`].
+    pub async fn volume_now(&self, id: &str) -> Result<(api::Volume, Vec<api::Replica>), Refusal> {
+        let unknown = || Refusal::VolumeUnknown(id.to_owned());
+        if !names::is_volume_id(id) {
+            return Err(unknown());
+        }
+        self.get(id, true).await?.ok_or_else(unknown)
+    }
+
     /// A volume that is to have grown so far. A daemon that has not heard of it is given time: to an
     /// orchestrator "too small" is final.
     ///
@@ -130,7 +142,15 @@ impl Asking {
         &self,
         volume: &str,
     ) -> Result<Option<(api::Volume, Vec<api::Replica>)>, Refusal> {
-        let request = api::GetVolumeRequest { volume: volume.to_owned() };
+        self.get(volume, false).await
+    }
+
+    async fn get(
+        &self,
+        volume: &str,
+        fresh: bool,
+    ) -> Result<Option<(api::Volume, Vec<api::Replica>)>, Refusal> {
+        let request = api::GetVolumeRequest { volume: volume.to_owned(), fresh };
         let answer = self.ask(|client| get_volume(client, request.clone())).await;
         let answer = match answer {
             Err(refusal) if refusal.code() == Code::NotFound => return Ok(None),

@@ -181,6 +181,11 @@ pub enum Refusal {
     /// Another call for the same volume runs.
     #[error("another call for volume {0:?} is running: try again when it has ended")]
     CallRunning(String),
+    /// The host was granted a lease while this call was to see to it that it has none.
+    #[error(
+        "the leases of volume {0:?} changed while this call ran: call again if it is still wanted"
+    )]
+    LeasesChanged(String),
     /// The cluster's answer lacks what it must have.
     #[error(
         "the cluster's answer has no {0}: ballast-csi and ballastd do not fit; use one version"
@@ -223,7 +228,9 @@ impl Refusal {
             | Refusal::DeviceWritable(_)
             | Refusal::ContentUnusable { .. } => Code::FailedPrecondition,
             Refusal::VolumeNotReady(_) | Refusal::DeviceHeld { .. } => Code::Unavailable,
-            Refusal::TokenInvalid(_) | Refusal::CallRunning(_) => Code::Aborted,
+            Refusal::TokenInvalid(_) | Refusal::CallRunning(_) | Refusal::LeasesChanged(_) => {
+                Code::Aborted
+            }
             Refusal::AnswerIncomplete(_) | Refusal::CallBroken(_) => Code::Internal,
             Refusal::Host(error) => match **error {
                 HostError::Slow { .. } => Code::Unavailable,

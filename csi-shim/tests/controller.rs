@@ -245,12 +245,37 @@ async fn what_comes_late_neither_takes_a_lease_nor_gives_one_back() {
     controller.controller_unpublish_volume(request(unpublish.clone())).await.expect("none held");
     fake.repeat().await;
     assert_eq!(fake.leases("pvc-1"), [], "it was granted after it was given up");
+}
 
+/// The call goes on when its caller has gone; another controller may be in charge by then.
+#[tokio::test]
+async fn a_call_that_is_overtaken_does_not_undo_what_came_after() {
+    let (fake, controller) = controller().await;
+    let volume = create(&controller, "pvc-1").await;
+    let first = publish(&volume, "node-1", mounted(Mode::SingleNodeWriter));
+    let unpublish = ControllerUnpublishVolumeRequest {
+        volume_id: volume.volume_id.clone(),
+        node_id: "node-1".to_owned(),
+        ..Default::default()
+    };
+    let unpublish = || controller.controller_unpublish_volume(request(unpublish.clone()));
+    fake.overtake(1);
+    assert_eq!(publish_code(&controller, first.clone()).await, Code::Aborted);
+    assert_eq!(fake.leases("pvc-1"), [], "it may be that nobody wants it any more");
+    assert_eq!(publish_code(&controller, first.clone()).await, Code::Ok);
     fake.overtake(2);
-    assert_eq!(publish_code(&controller, first).await, Code::Ok, "it looks again");
-    fake.overtake(2);
-    controller.controller_unpublish_volume(request(unpublish)).await.expect("it looks again");
+    unpublish().await.expect("it is the same lease still");
     assert_eq!(fake.leases("pvc-1"), []);
+
+    assert_eq!(publish_code(&controller, first).await, Code::Ok);
+    fake.move_lease("node-1");
+    unpublish().await.expect("the lease that it was about has ended");
+    assert_eq!(fake.leases("pvc-1").len(), 1, "the later one stays");
+    unpublish().await.expect("now it is about that one");
+    assert_eq!(fake.leases("pvc-1"), []);
+    fake.move_lease("node-1");
+    assert_eq!(unpublish().await.expect_err("one was granted meanwhile").code(), Code::Aborted);
+    assert_eq!(fake.leases("pvc-1").len(), 1);
 }
 
 #[tokio::test]

@@ -191,7 +191,7 @@ fn content(
 fn a_late_request_is_refused_by_what_its_caller_saw() {
     let cluster = small("leases-late");
     let seen = || {
-        let request = || api::GetVolumeRequest { volume: "demo".into() };
+        let request = || api::GetVolumeRequest { volume: "demo".into(), fresh: true };
         let answer = cluster.ask(2, async |admin| admin.get_volume(request()).await);
         let volume = answer.expect("node 2 runs").expect("it is there").into_inner().volume;
         volume.expect("a volume").lease_revision

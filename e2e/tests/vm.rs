@@ -239,6 +239,43 @@ fn writes_under_a_lease_that_was_taken_away_fail_soon() {
     host.end();
 }
 
+/// A repair that waits for a silent server must not go on, under a lease that is over by then, with what
+/// has the number next.
+#[test]
+fn a_repair_under_way_ends_with_its_device() {
+    let host = InGuest::start("vm-repair");
+    let used = host.create("data", 16, block(Mode::SingleNodeSingleWriter));
+    host.stage(&used).expect("it is staged");
+    let silent = host.serving();
+    let begun = || host.console().matches("looking for a server").count();
+    let ended = || {
+        let ends = ["connected again", "not connected", "given up: every request"];
+        ends.iter().map(|it| host.console().matches(it).count()).sum::<usize>()
+    };
+    let (begun_before, ended_before) = (begun(), ended());
+    host.cluster.signal(silent, Signal::SIGSTOP);
+    for (near, _) in host.connections() {
+        host.run(&format!("ss --kill --tcp src {near}"));
+    }
+    until_true("a repair", 30, || begun() > begun_before);
+    host.unstage(&used).expect("it is unstaged");
+    host.release(&used).expect("its lease is given back");
+    host.cluster.signal(silent, Signal::SIGCONT);
+    until_true("the repair's end", 60, || ended() > ended_before);
+
+    let next = host.create("next", 16, block(Mode::SingleNodeSingleWriter));
+    host.stage(&next).expect("it is staged");
+    let pod = host.publish(&next, "pod").expect("it is published");
+    assert_eq!(host.run("ls -d /sys/block/nbd*/pid").trim(), "/sys/block/nbd0/pid");
+    let kept = host.run(&format!("ls {}/attach", host.file("state")));
+    assert_eq!(kept.trim(), next.volume.volume_id);
+    host.run(&format!("dd if=/dev/zero of={pod} bs=1M count=1 conv=fsync,notrunc"));
+    host.unpublish(&next, "pod").expect("it is unpublished");
+    host.finish(&next);
+    host.delete(&used).expect("it is deleted");
+    host.end();
+}
+
 /// A pod that has a raw device still, and opens it now and then, sees errors and no other volume, whose
 /// device the kernel would give the same number.
 #[test]

@@ -27,7 +27,7 @@ use crate::limits::{
 };
 use crate::steps::{self, Step};
 use given_up::{GivenUp, disconnect_of};
-use kept::Kept;
+use kept::{Ends, Keeper, Kept};
 use sockets::{NotOpen, Opened};
 use sysfs::{backend, devices, path_of};
 
@@ -56,8 +56,8 @@ pub struct KernelAttacher {
 }
 
 struct Shared {
-    /// Where the addresses of attachments lie, for a watcher of a later life.
-    folder: PathBuf,
+    /// What a later life has to know.
+    keeper: Keeper,
     /// The devices that this life of the process has touched.
     held: Mutex<BTreeMap<u32, Arc<Mutex<Streams>>>>,
     given_up: GivenUp,
@@ -96,8 +96,9 @@ impl KernelAttacher {
         };
         let notices =
             Family::open(FAMILY).and_then(|family| family.listen(NOTICES)).map_err(none)?;
-        let (held, given_up) = (Mutex::default(), GivenUp::in_earlier_lives(&folder));
-        let shared = Arc::new(Shared { folder, held, given_up, connections, is_deleted });
+        let (held, keeper) = (Mutex::default(), Keeper::new(folder));
+        let given_up = GivenUp::in_earlier_lives(&keeper);
+        let shared = Arc::new(Shared { keeper, held, given_up, connections, is_deleted });
         let watcher = Arc::clone(&shared);
         std::thread::spawn(move || watch::watch(&watcher, &notices));
         Ok(KernelAttacher { shared })
@@ -141,7 +142,7 @@ impl Shared {
         ]
         .concat();
         let kept = Kept { addresses: attachment.addresses.clone(), ..of_opened(&opened)? };
-        kept.write(&self.folder, &attachment.volume_id)?;
+        self.keeper.begin(&attachment.volume_id, &kept)?;
         self.given_up.let_go(&attachment.volume_id);
         steps::reached(Step::ConnectionKept);
         let mut family = Family::open(FAMILY).map_err(refused("be asked"))?;
@@ -165,8 +166,12 @@ impl Shared {
             sockets::hang_up(&std::mem::take(streams));
             return;
         }
-        for local in Kept::read(&self.folder, volume_id).locals {
-            let ended = tools::must("ss", &["--kill", "--tcp", "src", &local], DEVICE_TIME);
+        for Ends { near, far } in self.keeper.read(volume_id).ends {
+            // Other connections of this host may have the same near end.
+            let far = far.iter().flat_map(|far| ["and", "dst", far]);
+            let which: Vec<&str> = ["src", near.as_str()].into_iter().chain(far).collect();
+            let ended =
+                tools::must("ss", &[&["--kill", "--tcp"], &which[..]].concat(), DEVICE_TIME);
             if let Err(error) = ended {
                 tracing::warn!(%error, index, "a connection of a former life can't be ended");
             }
@@ -192,6 +197,9 @@ impl Shared {
         // way, and may end the new one when it notices the loss a second time: what counts is that
         // the device answers, and a socket that did not do is not offered again.
         let connected = poll(time, || {
+            if self.keeper.has_ended(&attachment.volume_id) {
+                return Some(Err(HostError::Unexpected("it is being taken away".to_owned())));
+            }
             std::thread::sleep(NOTICE_TIME);
             let opened = match sockets::open(attachment, connections, Duration::ZERO) {
                 Ok(opened) => opened,
@@ -202,22 +210,18 @@ impl Shared {
                 }
                 Err(NotOpen::NoVolume(_) | NotOpen::Yet(_)) => return None,
             };
-            if let Err(error) = self.keep_more(attachment, &opened) {
-                return Some(Err(error));
+            match self.hand_over(index, attachment, &opened) {
+                Ok(true) => return Some(Ok(opened)),
+                Ok(false) => opened.hang_up(),
+                Err(error) => return Some(Err(error)),
             }
-            if reconfigure(index, attachment, opened.attributes()).is_ok()
-                && can_be_read(&path_of(index), 0, ANSWER_TIME)
-            {
-                return Some(Ok(opened));
-            }
-            opened.hang_up();
             None
         });
         let opened = match connected {
             Some(Ok(opened)) => opened,
             Some(Err(over @ (HostError::LeaseOver(_) | HostError::VolumeDeleted(_)))) => {
                 tracing::error!(index, error = %over, "given up: every request fails from now on");
-                self.given_up.add(&self.folder, &attachment.volume_id, index)?;
+                self.given_up.add(&self.keeper, attachment, index)?;
                 return Err(over);
             }
             Some(Err(error)) => return Err(error),
@@ -226,26 +230,42 @@ impl Shared {
                 return Err(HostError::Slow { what, after: time });
             }
         };
-        let size = number(SIZE_BYTES, opened.size());
-        reconfigure(index, attachment, size).map_err(refused("take a new size"))?;
+        // A size that it has already would only hold up requests.
+        if disks::size(&path_of(index))? != opened.size() {
+            let size = number(SIZE_BYTES, opened.size());
+            reconfigure(index, attachment, size).map_err(refused("take a new size"))?;
+        }
         let kept = Kept { addresses: attachment.addresses.clone(), ..of_opened(&opened)? };
-        kept.write(&self.folder, &attachment.volume_id)?;
+        self.keeper.write(&attachment.volume_id, &kept)?;
         *streams = opened.into_streams().map_err(unknown)?;
         Ok(())
     }
 
-    /// Keeps the near ends of what the kernel is about to be given, beside those that it may have.
-    fn keep_more(&self, attachment: &Attachment, opened: &Opened) -> Result<(), HostError> {
-        let mut kept = Kept::read(&self.folder, &attachment.volume_id);
-        kept.locals.extend(of_opened(opened)?.locals);
-        kept.write(&self.folder, &attachment.volume_id)
+    /// Offers the kernel connections, and answers whether the device works with them. Their ends are
+    /// kept before it has them.
+    fn hand_over(
+        &self,
+        index: u32,
+        attachment: &Attachment,
+        opened: &Opened,
+    ) -> Result<bool, HostError> {
+        let before = self.keeper.read(&attachment.volume_id);
+        let mut kept = before.clone();
+        kept.ends.extend(of_opened(opened)?.ends);
+        self.keeper.write(&attachment.volume_id, &kept)?;
+        let works = reconfigure(index, attachment, opened.attributes()).is_ok()
+            && can_be_read(&path_of(index), 0, ANSWER_TIME);
+        if !works {
+            self.keeper.write(&attachment.volume_id, &before)?;
+        }
+        Ok(works)
     }
 }
 
 /// What is kept of these connections.
 fn of_opened(opened: &Opened) -> Result<Kept, HostError> {
-    let (locals, server) = (opened.locals().map_err(unknown)?, opened.server().cloned());
-    Ok(Kept { locals, server, ..Kept::default() })
+    let (ends, server) = (opened.ends().map_err(unknown)?, opened.server().cloned());
+    Ok(Kept { ends, server, ..Kept::default() })
 }
 
 fn unknown(error: std::io::Error) -> HostError {
@@ -320,9 +340,19 @@ impl Attacher for KernelAttacher {
     }
 
     fn abort(&self, attachment: &Attachment) -> Result<(), HostError> {
+        self.shared.keeper.end(&attachment.volume_id);
         let of_volume = format!("ballast/{}/", attachment.volume_id);
-        for (index, _) in devices().iter().filter(|(_, it)| it.starts_with(&of_volume)) {
-            disconnect_of(&attachment.volume_id, *index)?;
+        let found = devices().into_iter().filter(|(_, backend)| backend.starts_with(&of_volume));
+        let found: Vec<(u32, String)> = found.collect();
+        for (index, backend) in &found {
+            disconnect_of(backend, *index)?;
+        }
+        // A repair may be under way that has not seen this, and connect it again: wait for its end.
+        for (index, backend) in &found {
+            let held = self.shared.device(*index);
+            let mut streams = locked(&held);
+            disconnect_of(backend, *index)?;
+            streams.clear();
         }
         Ok(())
     }
@@ -336,6 +366,6 @@ impl Attacher for KernelAttacher {
             what: format!("the disconnection of {}", attachment.export),
             after: DEVICE_TIME,
         })?;
-        files::remove(&self.shared.folder.join(&attachment.volume_id))
+        self.shared.keeper.remove(&attachment.volume_id)
     }
 }

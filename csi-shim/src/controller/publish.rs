@@ -77,63 +77,65 @@ impl ControllerService {
     ) -> Result<ControllerUnpublishVolumeResponse, Refusal> {
         let id = required("volume_id", &request.volume_id)?;
         let _held = self.locks.hold(id)?;
-        loop {
-            let volume = match asking.volume(id).await {
-                // What is gone is published nowhere.
-                Err(Refusal::VolumeUnknown(_)) => break,
-                found => found?.0,
-            };
-            let Some(release) = release(volume, &request.node_id) else { break };
-            let give_back = |client: Client| {
-                let release = release.clone();
-                async move { client.release_lease(release).await }
-            };
-            match asking.ask(give_back).await {
-                Err(refusal) if refusal.code() == Code::Aborted && asking.pause().await => {}
-                answer => {
-                    answer?;
-                    if !request.node_id.is_empty() {
-                        break;
-                    }
-                }
-            }
+        let volume = match asking.volume_now(id).await {
+            // What is gone is published nowhere.
+            Err(Refusal::VolumeUnknown(_)) => None,
+            found => Some(found?.0),
+        };
+        for (host, epoch) in volume.iter().flat_map(|volume| to_end(volume, &request.node_id)) {
+            give_back(asking, id, host, epoch).await?;
         }
         steps::reached(Step::LeaseReleased);
         Ok(ControllerUnpublishVolumeResponse {})
     }
 }
 
-/// Takes a lease, and answers with the volume's replicas, too.
+/// Takes a lease, and answers with the volume's replicas, too. If the leases change meanwhile, another
+/// controller may be in charge by now: then the caller decides whether this is still wanted.
 async fn take_lease(
     asking: &Asking,
     mut acquire: api::AcquireLeaseRequest,
 ) -> Result<(api::AcquireLeaseResponse, Vec<api::Replica>), Refusal> {
-    loop {
-        let (volume, replicas) = asking.volume(&acquire.volume).await?;
-        acquire.seen_lease_revision = volume.lease_revision;
-        let take = |client: Client| {
-            let acquire = acquire.clone();
-            async move { client.acquire_lease(acquire).await }
-        };
-        match asking.ask(take).await {
-            Err(refusal) if refusal.code() == Code::Aborted && asking.pause().await => {}
-            answer => return Ok((answer?, replicas)),
-        }
-    }
+    let (volume, replicas) = asking.volume_now(&acquire.volume).await?;
+    acquire.seen_lease_revision = volume.lease_revision;
+    let take = |client: Client| {
+        let acquire = acquire.clone();
+        async move { client.acquire_lease(acquire).await }
+    };
+    Ok((asking.ask(take).await?, replicas))
 }
 
-/// What gives a host's lease back, or one of those that there are if no host is named; nothing when
-/// there are none then. With a host it is asked without a lease, too: a request for one may be on its
-/// way, and is refused after this.
-fn release(volume: api::Volume, host: &str) -> Option<api::ReleaseLeaseRequest> {
-    let lease = volume.leases.iter().find(|lease| host.is_empty() || lease.host == host);
-    let epoch = lease.map_or(0, |lease| lease.epoch);
-    let host = match host {
-        "" => lease?.host.clone(),
-        host => host.to_owned(),
-    };
-    let seen_lease_revision = volume.lease_revision;
-    Some(api::ReleaseLeaseRequest { volume: volume.id, host, epoch, seen_lease_revision })
+/// What is to end, as it was when the call came: the host's lease, or all that there are if no host is
+/// named. With a host it is asked without a lease, too, of whichever it has (epoch 0): a request for one
+/// may be on its way, and is refused after this.
+fn to_end<'a>(volume: &'a api::Volume, host: &'a str) -> Vec<(&'a str, u64)> {
+    let leases = volume.leases.iter().filter(|lease| host.is_empty() || lease.host == host);
+    let found: Vec<_> = leases.map(|lease| (lease.host.as_str(), lease.epoch)).collect();
+    if found.is_empty() && !host.is_empty() { vec![(host, 0)] } else { found }
+}
+
+/// Gives this lease back, and none that the host was granted after the call came.
+async fn give_back(asking: &Asking, id: &str, host: &str, epoch: u64) -> Result<(), Refusal> {
+    loop {
+        let volume = match asking.volume_now(id).await {
+            Err(Refusal::VolumeUnknown(_)) => return Ok(()),
+            found => found?.0,
+        };
+        if epoch == 0 && volume.leases.iter().any(|lease| lease.host == host) {
+            return Err(Refusal::LeasesChanged(volume.name));
+        }
+        let seen_lease_revision = volume.lease_revision;
+        let (volume, host) = (volume.id, host.to_owned());
+        let release = api::ReleaseLeaseRequest { volume, host, epoch, seen_lease_revision };
+        let give_back = |client: Client| {
+            let release = release.clone();
+            async move { client.release_lease(release).await }
+        };
+        match asking.ask(give_back).await {
+            Err(refusal) if refusal.code() == Code::Aborted && asking.pause().await => {}
+            answer => return answer.map(drop),
+        }
+    }
 }
 
 /// Where the volume is served, the best first: on the host itself, by its leader, by its other

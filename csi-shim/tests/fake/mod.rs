@@ -33,6 +33,8 @@ struct State {
     stuck: bool,
     /// Looks at a volume after which somebody else changes its leases.
     overtaken: u32,
+    /// The host whose lease another controller ends, and takes anew, after the next look.
+    moved: Option<String>,
 }
 
 /// The cluster.
@@ -79,6 +81,12 @@ impl Fake {
     /// After the next so many looks at a volume somebody else changes its leases.
     pub fn overtake(&self, looks: u32) {
         self.state().overtaken = looks;
+    }
+
+    /// After the next look at a volume another controller ends this host's lease, if it has one, and
+    /// takes it anew.
+    pub fn move_lease(&self, host: &str) {
+        self.state().moved = Some(host.to_owned());
     }
 
     /// All that was ever asked about leases comes again, late: nobody hears the answers.
@@ -195,10 +203,20 @@ impl Admin for Fake {
         let mut state = self.ask()?;
         let overtaken = state.overtaken > 0;
         state.overtaken -= u32::from(overtaken);
-        let volume = state.find(&request.into_inner().volume)?;
+        let moved = state.moved.take();
+        let name = request.into_inner().volume;
+        let volume = state.find(&name)?;
         let answer = volume.clone();
         volume.phase = api::VolumePhase::Ready as i32;
-        move_on(volume, overtaken);
+        move_on(volume, overtaken || moved.is_some());
+        if let Some(host) = moved {
+            let id = volume.id.clone();
+            volume.leases.retain(|it| it.host != host);
+            let epoch = state.epochs.entry(id).or_default();
+            *epoch += 1;
+            let lease = api::Lease { host, epoch: *epoch, ..Default::default() };
+            state.find(&name)?.leases.push(lease);
+        }
         let volume = Some(answer);
         Ok(Response::new(api::GetVolumeResponse { volume, ..Default::default() }))
     }

@@ -106,9 +106,15 @@ impl Admin for Service {
         &self,
         request: Request<api::GetVolumeRequest>,
     ) -> Result<Response<api::GetVolumeResponse>, Status> {
-        let name = request.into_inner().volume;
+        let api::GetVolumeRequest { volume: name, fresh } = request.into_inner();
         let asked = name.clone();
-        let found = self.ask(async move |node| node.find_volume_surely(&asked).await).await?;
+        let find = async move |node: LinuxNode| {
+            if fresh {
+                node.hear_all().await?;
+            }
+            node.find_volume_surely(&asked).await
+        };
+        let found = self.ask(find).await?;
         found.map_err(volumes::status)?;
         let picture = self.picture().await?;
         let volume = picture.state.find_volume(&name).ok_or_else(|| volume_unknown(&name))?;

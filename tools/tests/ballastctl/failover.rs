@@ -125,7 +125,7 @@ fn a_refusal_is_an_answer() {
     let (first, second) = (Node::start(), Node::start());
     on_runtime(async {
         let client = Client::new([first.url(), second.url()]).unwrap();
-        let request = v1::GetVolumeRequest { volume: "nothing".to_owned() };
+        let request = v1::GetVolumeRequest { volume: "nothing".to_owned(), fresh: false };
         let status = client.get_volume(request).await.unwrap_err();
         assert_eq!(status.code(), Code::NotFound);
     });

@@ -9,41 +9,52 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use super::kept::Kept;
+use super::super::Attachment;
+use super::kept::{Keeper, Kept};
 use super::sysfs::{self, path_of};
 use super::{disconnect, locked};
 use crate::host::{HostError, within};
 use crate::limits::ANSWER_TIME;
-use crate::names::is_volume_id;
 
 /// Them, by volume; without a pin where there is no name that anybody could use.
 #[derive(Default)]
 pub(super) struct GivenUp(Mutex<BTreeMap<String, Option<Pin>>>);
 
 impl GivenUp {
-    /// Those that an earlier life gave up, as far as nobody else has them by now.
-    pub(super) fn in_earlier_lives(folder: &Path) -> GivenUp {
+    /// Those that an earlier life gave up since the host was started, as far as nobody else has them.
+    pub(super) fn in_earlier_lives(keeper: &Keeper) -> GivenUp {
         let given_up = GivenUp::default();
-        for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-            let name = entry.file_name().into_string();
-            let Some(volume_id) = name.ok().filter(|name| is_volume_id(name)) else { continue };
-            let Some(index) = Kept::read(folder, &volume_id).given_up else { continue };
-            match Pin::new(index) {
-                Ok(pin) if sysfs::ours(index).is_none_or(|(of, _)| of == volume_id) => {
-                    tracing::info!(index, volume_id, "was given up: kept until it is unstaged");
-                    // It may not have come to that.
-                    if let Err(error) = disconnect_of(&volume_id, index) {
+        for volume_id in keeper.volumes() {
+            let Some((index, boot)) = keeper.read(&volume_id).given_up else { continue };
+            if boot != this_boot() {
+                continue;
+            }
+            let pin = match Pin::new(index) {
+                Ok(pin) => pin,
+                Err(error) => {
+                    tracing::info!(index, volume_id, %error, "was given up, and is gone");
+                    continue;
+                }
+            };
+            let of_volume = format!("ballast/{volume_id}/");
+            match sysfs::backend_of(index) {
+                Some(backend) if !backend.starts_with(&of_volume) => {
+                    tracing::error!(index, volume_id, backend, "was given up, and is another's");
+                    continue;
+                }
+                // It may not have come to that.
+                Some(backend) => {
+                    if let Err(error) = disconnect_of(&backend, index) {
                         tracing::error!(index, volume_id, %error, "not given up");
                         continue;
                     }
-                    locked(&given_up.0).insert(volume_id, Some(pin));
                 }
-                Ok(_) => tracing::error!(index, volume_id, "was given up, and is another's now"),
-                Err(error) => tracing::info!(index, volume_id, %error, "was given up, and is gone"),
+                None => {}
             }
+            tracing::info!(index, volume_id, "was given up: kept until it is unstaged");
+            locked(&given_up.0).insert(volume_id, Some(pin));
         }
         given_up
     }
@@ -53,17 +64,30 @@ impl GivenUp {
         locked(&self.0).contains_key(volume_id)
     }
 
-    /// Gives a device up: what waits for a server fails, now and from now on.
+    /// Gives a device up: what waits for a server fails, now and from now on. One that has become
+    /// another's, or is being taken away, is left alone.
     ///
     /// # Errors
     /// When the kernel refuses, or what a later life has to know can't be kept.
-    pub(super) fn add(&self, folder: &Path, volume_id: &str, index: u32) -> Result<(), HostError> {
-        let kept = Kept::read(folder, volume_id);
-        Kept { given_up: Some(index), ..kept }.write(folder, volume_id)?;
+    pub(super) fn add(
+        &self,
+        keeper: &Keeper,
+        attachment: &Attachment,
+        index: u32,
+    ) -> Result<(), HostError> {
+        let (volume_id, backend) = (&attachment.volume_id, sysfs::backend(attachment));
+        let is_its_own = || sysfs::backend_of(index).as_ref() == Some(&backend);
+        if !is_its_own() {
+            return Ok(());
+        }
+        let kept = keeper.read(volume_id);
+        keeper.write(volume_id, &Kept { given_up: Some((index, this_boot())), ..kept })?;
         let pin = Pin::new(index);
         let pin = pin.inspect_err(|error| tracing::warn!(index, %error, "not held open")).ok();
-        disconnect_of(volume_id, index)?;
-        locked(&self.0).insert(volume_id.to_owned(), pin);
+        if is_its_own() {
+            disconnect_of(&backend, index)?;
+            locked(&self.0).insert(volume_id.to_owned(), pin);
+        }
         Ok(())
     }
 
@@ -73,15 +97,21 @@ impl GivenUp {
     }
 }
 
-/// Disconnects a device, unless it is another volume's by now.
+/// Disconnects a device, unless it is another's by now.
 ///
 /// # Errors
 /// When the kernel refuses.
-pub(super) fn disconnect_of(volume_id: &str, index: u32) -> Result<(), HostError> {
-    match sysfs::ours(index) {
-        Some((of, _)) if of == volume_id => disconnect(index),
+pub(super) fn disconnect_of(backend: &str, index: u32) -> Result<(), HostError> {
+    match sysfs::backend_of(index) {
+        Some(now) if now == backend => disconnect(index),
         _ => Ok(()),
     }
+}
+
+/// What tells this run of the host from every other: numbers of devices begin anew with each.
+fn this_boot() -> String {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    id.trim().to_owned()
 }
 
 /// A device that is open, or is being opened: the kernel counts one whose partitions it still reads.

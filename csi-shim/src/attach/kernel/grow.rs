@@ -7,7 +7,7 @@
 use super::super::Attachment;
 use super::sockets::{is_lost, size_at};
 use super::sysfs::{self, path_of};
-use super::{BLOCK, Kept, SIZE_BYTES, Shared, Streams, can_be_read, locked, number, reconfigure};
+use super::{BLOCK, SIZE_BYTES, Shared, Streams, can_be_read, locked, number, reconfigure};
 use crate::host::{HostError, disks, poll};
 use crate::limits::{ANSWER_TIME, DEVICE_TIME};
 use crate::steps::{self, Step};
@@ -64,7 +64,7 @@ impl Shared {
     ) -> Grown {
         // The server of the device's own connections, no other: what it has told one client, all of
         // its sessions take.
-        let Some(server) = Kept::read(&self.folder, &attachment.volume_id).server else {
+        let Some(server) = self.keeper.read(&attachment.volume_id).server else {
             return Grown::Not("its server is not known".to_owned());
         };
         let mut volume = size_at(&server, &attachment.export);
@@ -85,6 +85,9 @@ impl Shared {
         if streams.iter().any(is_lost) || !can_be_read(&device, 0, ANSWER_TIME) {
             return Grown::Not("its connection is lost".to_owned());
         }
+        // While it waits for requests under way, the kernel takes no word about any NBD device of this
+        // host. So it is told when there are none, if there is such a moment.
+        poll(ANSWER_TIME, || sysfs::quiet_at(index));
         if let Err(error) = reconfigure(index, attachment, number(SIZE_BYTES, size)) {
             return Grown::Not(format!("the kernel takes no size alone ({error})"));
         }

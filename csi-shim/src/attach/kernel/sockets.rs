@@ -13,6 +13,7 @@ use nix::sys::socket::{MsgFlags, recv};
 use tokio::io::AsyncWriteExt;
 
 use super::super::Attachment;
+use super::kept::Ends;
 use super::{SOCKET_FD, SOCKET_ITEM, SOCKETS};
 use crate::context::Address;
 use crate::host::HostError;
@@ -141,10 +142,13 @@ impl Opened {
         self.0.first().map(|export| &export.address)
     }
 
-    /// The near ends.
-    pub(super) fn locals(&self) -> std::io::Result<Vec<String>> {
-        let local = |export: &Export| Ok(export.stream.local_addr()?.to_string());
-        self.0.iter().map(local).collect()
+    /// The ends of all.
+    pub(super) fn ends(&self) -> std::io::Result<Vec<Ends>> {
+        let ends = |export: &Export| {
+            let near = export.stream.local_addr()?.to_string();
+            Ok(Ends { near, far: Some(export.stream.peer_addr()?.to_string()) })
+        };
+        self.0.iter().map(ends).collect()
     }
 
     /// Transmission flags.

@@ -23,9 +23,14 @@ pub(super) fn devices() -> Vec<(u32, String)> {
     found
 }
 
+/// What the `backend` of a device says, if it is connected or open.
+pub(super) fn backend_of(index: u32) -> Option<String> {
+    devices().into_iter().find(|(it, _)| *it == index).map(|(_, backend)| backend)
+}
+
 /// The volume's id and the export of a device, if it is one of ours.
 pub(super) fn ours(index: u32) -> Option<(String, String)> {
-    let (_, backend) = devices().into_iter().find(|(it, _)| *it == index)?;
+    let backend = backend_of(index)?;
     let (volume_id, export) = backend.strip_prefix("ballast/")?.split_once('/')?;
     Some((volume_id.to_owned(), export.to_owned()))
 }

@@ -8,8 +8,7 @@ use std::time::Instant;
 use nix::errno::Errno;
 
 use super::super::Attachment;
-use super::kept::Kept;
-use super::sysfs::{devices, ours, path_of, queues, quiet_at};
+use super::sysfs::{self, devices, ours, path_of, queues, quiet_at};
 use super::{INDEX, LINK_DEAD, Shared, Streams, can_be_read, locked, sockets};
 use crate::host::HostError;
 use crate::host::netlink::{self, Notices};
@@ -36,16 +35,18 @@ struct Narrow {
 
 /// Watches for ever.
 pub(super) fn watch(shared: &Shared, notices: &Notices) {
-    let all = || devices().into_iter().map(|(index, _)| index).collect::<BTreeSet<u32>>();
-    let look = |indices: BTreeSet<u32>| indices.into_iter().map(|index| (index, ToDo::Look));
-    let mut to_do: BTreeMap<u32, ToDo> = look(all()).collect();
+    let all = || devices().into_iter().collect::<BTreeMap<u32, String>>();
+    // With what it is the device of: its number may be another's before its turn comes.
+    let look = |(index, backend)| (index, (ToDo::Look, backend));
+    let mut to_do: BTreeMap<u32, (ToDo, String)> = all().into_iter().map(look).collect();
     let mut narrow = BTreeMap::new();
     loop {
-        let left = at_once(REPAIRS_AT_ONCE, to_do, |(index, what)| {
-            shared.attend(index, what).map(|what| (index, what))
+        let left = at_once(REPAIRS_AT_ONCE, to_do, |(index, (what, backend))| {
+            let left = shared.attend(index, what, &backend);
+            left.map(|what| (index, (what, backend)))
         });
         to_do = left.into_iter().flatten().collect();
-        for index in all().into_iter().filter(|index| !to_do.contains_key(index)) {
+        for index in all().into_keys().filter(|index| !to_do.contains_key(index)) {
             shared.widen(index, &mut narrow);
         }
         let time = match (to_do.is_empty(), narrow.is_empty()) {
@@ -57,13 +58,15 @@ pub(super) fn watch(shared: &Shared, notices: &Notices) {
             Ok(notices) => {
                 let dead = notices.iter().filter(|(command, _)| *command == LINK_DEAD);
                 let index = |attributes| netlink::find(attributes, INDEX)?.try_into().ok();
-                dead.filter_map(|(_, it)| index(it)).map(u32::from_le_bytes).collect()
+                let dead = dead.filter_map(|(_, it)| index(it)).map(u32::from_le_bytes);
+                let dead: BTreeSet<u32> = dead.collect();
+                all().into_iter().filter(|(index, _)| dead.contains(index)).collect()
             }
             // Some were lost: look at all.
             Err(Errno::ENOBUFS) => all(),
-            Err(_) => BTreeSet::new(),
+            Err(_) => BTreeMap::new(),
         };
-        for (index, what) in look(suspects) {
+        for (index, what) in suspects.into_iter().map(look) {
             to_do.entry(index).or_insert(what);
         }
     }
@@ -94,7 +97,7 @@ fn at_once<T: Send, R: Send>(
 
 impl Shared {
     /// Does what is to be done about a device, and returns what is left of that.
-    fn attend(&self, index: u32, what: ToDo) -> Option<ToDo> {
+    fn attend(&self, index: u32, what: ToDo, backend: &str) -> Option<ToDo> {
         let held = self.device(index);
         let mut streams = match held.try_lock() {
             Ok(streams) => streams,
@@ -103,7 +106,8 @@ impl Shared {
             Err(TryLockError::WouldBlock) => return Some(what),
         };
         let (volume_id, _) = ours(index)?;
-        if self.given_up.has(&volume_id) {
+        let is_another = sysfs::backend_of(index).as_deref() != Some(backend);
+        if is_another || self.given_up.has(&volume_id) || self.keeper.has_ended(&volume_id) {
             return None;
         }
         if what == ToDo::Look && !is_lost(index, &streams) {
@@ -122,7 +126,7 @@ impl Shared {
         tracing::info!(index, export, connections, "looking for a server");
         let attachment = Attachment {
             read_only: export.contains("@ro"),
-            addresses: Kept::read(&self.folder, &volume_id).addresses,
+            addresses: self.keeper.read(&volume_id).addresses,
             volume_id,
             export,
         };
@@ -147,17 +151,19 @@ impl Shared {
     /// it for a while.
     fn widen(&self, index: u32, narrow: &mut BTreeMap<u32, Narrow>) {
         let Some((volume_id, export)) = ours(index) else { return };
-        if self.given_up.has(&volume_id) {
+        if self.given_up.has(&volume_id) || self.keeper.has_ended(&volume_id) {
             return;
         }
         let held = self.device(index);
         let Ok(mut streams) = held.try_lock() else { return };
         let has = match streams.len() {
-            0 => Kept::read(&self.folder, &volume_id).locals.len(),
+            0 => self.keeper.read(&volume_id).ends.len(),
             known => known,
         };
         let wants = queues(index).min(self.connections);
-        if has != 1 || wants <= 1 || wants != queues(index) || export.contains("@ro") {
+        // An earlier life may have been killed while it changed them, and have kept more than there are.
+        let is_narrow = has != 0 && has != usize::from(wants);
+        if !is_narrow || wants <= 1 || wants != queues(index) || export.contains("@ro") {
             narrow.remove(&index);
             return;
         }

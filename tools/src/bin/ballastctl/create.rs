@@ -51,7 +51,7 @@ pub async fn volume(
 /// Looks at a volume until it is made. A look without an answer is no reason to end the wait.
 async fn watch(client: &Client, volume: &str, seen: &mut Seen) -> Result<v1::Volume, Failure> {
     loop {
-        let request = v1::GetVolumeRequest { volume: volume.to_owned() };
+        let request = v1::GetVolumeRequest { volume: volume.to_owned(), fresh: false };
         match client.get_volume(request).await {
             Ok(answer) => {
                 let volume = answer.volume.ok_or(Failure::AnswerIncomplete("volume"))?;

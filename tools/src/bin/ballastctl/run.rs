@@ -145,7 +145,8 @@ async fn volume(
             Ok(show(cli, &view::Volumes { volumes: all(volumes) }))
         }
         VolumeCommand::Show { volume } => {
-            let answer = client.get_volume(v1::GetVolumeRequest { volume: volume.clone() }).await?;
+            let request = v1::GetVolumeRequest { volume: volume.clone(), fresh: false };
+            let answer = client.get_volume(request).await?;
             let volume = answer.volume.ok_or(Failure::AnswerIncomplete("volume"))?;
             Ok(show(cli, &view::VolumeDetail::new(volume, answer.replicas, answer.writers)))
         }
