@@ -301,15 +301,29 @@ impl<E: Env> Group<E> {
         }
     }
 
-    /// Makes the group of these members; harmless when it is made already.
+    /// Makes the group of these members; harmless when it is made already. When this returns, its first
+    /// entry is durable here: the consensus library answers before, and takes a replica that has only
+    /// voted for one whose group is made.
     ///
     /// # Errors
     /// [`ProposeError::Stopped`].
     pub async fn initialize(&self, members: BTreeMap<u64, Member>) -> Result<(), ProposeError> {
+        let family = self.inner.replica.family();
         match self.inner.raft.initialize(members).await {
-            Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => Ok(()),
+            Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => {}
             Err(error) => {
-                tracing::error!(family = %self.inner.replica.family(), %error, "can't form group");
+                tracing::error!(%family, %error, "can't form group");
+                return Err(ProposeError::Stopped);
+            }
+        }
+        match self.inner.replica.settle_log().await {
+            Ok(true) => Ok(()),
+            Ok(false) => {
+                tracing::error!(%family, "can't form group: this replica has a vote and no log");
+                Err(ProposeError::Stopped)
+            }
+            Err(error) => {
+                tracing::error!(%family, %error, "can't form group");
                 Err(ProposeError::Stopped)
             }
         }

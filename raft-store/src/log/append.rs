@@ -156,8 +156,23 @@ impl<E: Env> ReplicaInner<E> {
         let record = streams.durable(StreamId::Hot, appended.at);
         let slot =
             streams.write_vote_slot(self.vote_slot, self.descriptor.replica, op, body.into());
+        if self.durable.get().is_none() {
+            // A vote alone passes for a group that is formed: it must not outlive the group's first entry,
+            // which is in the stream before its record.
+            record.await?;
+            return slot.await.map_err(PoolFailure::from);
+        }
         let (record, slot) = futures_util::future::join(record, slot).await;
         record.and(slot).map_err(PoolFailure::from)
+    }
+
+    /// Waits until all that is in the log now is durable. Answers whether anything is.
+    pub async fn settle_log(&self) -> Result<bool, PoolFailure> {
+        self.alive()?;
+        let streams = &self.shared.streams;
+        streams.durable(StreamId::Hot, streams.position(StreamId::Hot)).await?;
+        let log = self.log.borrow();
+        Ok(log.last().is_some() || log.purged.is_some())
     }
 
     /// Voids the entries after `last`.

@@ -30,6 +30,7 @@ pub use types::{
 
 use crate::log::Log;
 use crate::map::RunContent;
+use crate::pool::PoolFailure;
 use crate::pool::ReplicaDescriptor;
 use crate::types::{LogId, Membership, StoredMembership};
 use core::ReplicaInner;
@@ -121,6 +122,14 @@ impl<E: Env> Replica<E> {
     /// openraft's log storage of this replica.
     pub fn log(&self) -> Log<E> {
         Log::new(self.clone())
+    }
+
+    /// Waits until all that is in its log now is durable. Answers whether anything is.
+    ///
+    /// # Errors
+    /// [`PoolFailure`].
+    pub async fn settle_log(&self) -> Result<bool, PoolFailure> {
+        self.inner.settle_log().await
     }
 
     /// What the last checkpoint (or install) had. The log holds the rest.
