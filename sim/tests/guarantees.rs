@@ -94,12 +94,12 @@ fn is_found(bug: &str, seed: &str) {
 
 #[test]
 fn acknowledging_before_the_flush_is_found() {
-    is_found("early-ack", "12");
+    is_found("early-ack", "15");
 }
 
 #[test]
 fn a_leader_that_resumes_its_term_is_found() {
-    is_found("leader-restore", "12");
+    is_found("leader-restore", "14");
 }
 
 #[test]
@@ -120,7 +120,7 @@ fn formatting_that_is_bound_to_nobody_is_found() {
 /// A host of a deleted volume writes into the one that has its name, or reads it.
 #[test]
 fn epochs_that_begin_anew_with_a_volume_are_found() {
-    is_found("epochs-anew", "4");
+    is_found("epochs-anew", "16");
 }
 
 /// A ghost write: a request whose copy on another connection was answered arrives after all.
