@@ -3,12 +3,15 @@
 mod store;
 mod support;
 
+use std::pin::pin;
+
 use ballast_block::{BLOCK_SIZE, ReplicaId};
 use ballast_env::clock::Clock;
 use ballast_raft_store::entry::{Body, Command, Origin};
 use ballast_raft_store::pool::Pool;
-use ballast_raft_store::types::{EntryPayload, Vote};
-use openraft::storage::{RaftLogReader, RaftLogStorage};
+use ballast_raft_store::types::{EntryPayload, Vote, log_id};
+use futures_util::{poll, stream};
+use openraft::storage::{RaftLogReader, RaftLogStorage, RaftStateMachine};
 use store::{Machine, append, blocks, entry, read, write};
 use support::pool::path;
 use support::{MemoryEnv, run};
@@ -131,7 +134,7 @@ fn several_families_overwrite_for_ever_and_the_log_stays_bounded() {
             let entry = write(next[family], slot * 16, blocks(count, number));
             next[family] += 1;
             append(&machine.replica, vec![entry]).await.unwrap();
-            machine.replica.map_room().await;
+            machine.replica.map_room().await.unwrap();
             apply_all(machine).await;
             if step % 20 == 0 {
                 for machine in &machines {
@@ -224,5 +227,68 @@ fn dropping_a_replica_frees_its_space() {
         pool.checkpoint().await.unwrap();
         let (total, used) = (pool.space().total, pool.space().used);
         assert!(used < total / 4, "{used} of {total}");
+    });
+}
+
+/// What a view shows is its replica's until it is given up, although the replica is dropped: space
+/// that was given back twice would be somebody else's the second time.
+#[test]
+fn a_view_keeps_the_space_of_its_dropped_replica() {
+    run(async {
+        let (env, pool, machine) = fresh().await;
+        for index in 0..40 {
+            put(&machine, index, index).await;
+        }
+        assert!(machine.replica.retained_bytes() > 0);
+        pool.quiesce_maps().await.unwrap();
+        let shown = 40 * u64::from(BLOCKS) * BLOCK_SIZE as u64;
+        let pin = machine.replica.pin();
+        pool.drop_replica(ReplicaId(1)).await.unwrap();
+        pool.checkpoint().await.unwrap();
+        assert!(pool.space().live >= shown, "{:?}", pool.space());
+        drop(pin);
+        env.sleep(std::time::Duration::from_secs(2)).await;
+        assert!(pool.space().live < 64 << 10, "{:?}", pool.space());
+    });
+}
+
+/// Entries that were read from a log wait for room in the maps; meanwhile their replica is dropped.
+/// Its log and its space are others' then, and so is the room: those who wait for it get it.
+#[test]
+fn what_waits_for_room_is_not_applied_to_a_dropped_replica() {
+    run(async {
+        let (env, pool, other) = fresh().await;
+        let trim = |index| {
+            let body = Body::Trim { start: 0, count: pool.budget().unmerged_blocks };
+            entry(index, EntryPayload::Normal(Command { origin: Origin::default(), body }))
+        };
+        for (id, end) in [
+            (2, vec![write(2, 0, blocks(1, 2))]),
+            // Enough to leave no room, if they counted.
+            (3, vec![trim(2), trim(3)]),
+        ] {
+            let replica = pool.create_replica(store::descriptor(id)).await.unwrap();
+            let mut machine = Machine::new(pool.clone(), replica.clone());
+            append(&replica, [vec![trim(0), trim(1)], end].concat()).await.unwrap();
+            let entries = replica.log().try_get_log_entries(0..).await.unwrap();
+            let entries = stream::iter(entries.into_iter().map(|entry| Ok((entry, None))));
+            let mut applying = pin!(machine.apply(entries));
+            assert!(poll!(applying.as_mut()).is_pending());
+            assert_eq!(replica.applied(), Some(log_id(1, 1)), "two trims leave no room");
+            let mut waiting = pin!(other.replica.map_room());
+            assert!(poll!(waiting.as_mut()).is_pending());
+            // It is gone before anything else runs: no map is merged.
+            pool.drop_replica(ReplicaId(id)).await.unwrap();
+            let ended = async { (applying.await, waiting.await, other.replica.map_room().await) };
+            let (applied, waited, room) = tokio::select! {
+                biased;
+                ended = ended => ended,
+                () = env.sleep(std::time::Duration::from_secs(60)) => panic!("no room"),
+            };
+            let refused = applied.unwrap_err().to_string();
+            assert!(refused.ends_with("was dropped"), "{refused}");
+            waited.and(room).unwrap();
+            assert_eq!(pool.stats().map_delta_bytes, 0);
+        }
     });
 }

@@ -121,7 +121,7 @@ impl<E: Env> Run<E> {
         let mut log = self.machines[nth].replica.log();
         for entry in log.try_get_log_entries(from as u64..upto).await.unwrap() {
             let whole = self.models[nth].log.entries[&entry.log_id.index].clone();
-            self.machines[nth].replica.map_room().await;
+            self.machines[nth].replica.map_room().await.unwrap();
             self.note(nth, Note::Applied(whole.clone()));
             self.models[nth].applied.push(whole);
             self.machines[nth].apply_one(entry);

@@ -416,7 +416,8 @@ impl<E: Env> Group<E> {
         self.inner.acks.set_unsendable(index);
     }
 
-    /// Stops the member; its replica stays on disk.
+    /// Stops the member; its replica stays on disk. An entry that waits for room in the map may still
+    /// be applied afterwards, unless the replica is dropped.
     pub async fn stop(&self) {
         self.inner._tasks.borrow_mut().clear();
         if let Err(error) = self.inner.raft.shutdown().await {

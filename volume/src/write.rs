@@ -160,7 +160,7 @@ impl<E: Env> Family<E> {
         term: Option<u64>,
     ) -> Result<OperationReply, ExecuteError> {
         let group = &self.inner.group;
-        group.replica().map_room().await;
+        group.replica().map_room().await.map_err(|_gone| ExecuteError::Stopped)?;
         let admitted = group.env().now();
         stages::note(&self.inner.stages.admission, began, admitted);
         let bytes = payload.len();

@@ -301,11 +301,20 @@ impl<E: Env> Shared<E> {
         self.replicas.borrow_mut().remove(&id);
         self.dropped.borrow_mut().insert(id);
         replica.dropped.set(true);
-        replica.truncate_index(None);
+        // The payload of what was applied is the map's, and free only with it: a view may keep the
+        // map for long, and its space must not be another's by then.
+        let applied = replica.applied.borrow().id;
+        if let Some(applied) = applied {
+            replica.purge_index(applied);
+        }
+        let purged = replica.log.borrow().purged;
+        replica.truncate_index(purged);
         replica.abandon_resync();
         self.delta_bytes.set(self.delta_bytes.get() - replica.delta_bytes.replace(0));
         let unmerged = self.unmerged_blocks.get() - replica.unmerged_blocks.replace(0);
         self.unmerged_blocks.set(unmerged);
         self.abandoned.borrow_mut().push(replica.map());
+        // Whoever waits for room in a map has it, or waits for this one.
+        self.merged.notify_waiters();
     }
 }

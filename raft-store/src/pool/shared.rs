@@ -54,7 +54,7 @@ pub(crate) struct Shared<E: Env> {
     pub work: Notify,
     /// Rung when segments became free.
     pub freed: Notify,
-    /// Rung when maps merged changes.
+    /// Rung when maps merged changes, or their replica was dropped.
     pub merged: Notify,
     /// Rung when log could be purged that could not before, or should be.
     pub purge: Notify,

@@ -5,6 +5,7 @@ use ballast_env::Env;
 
 use crate::entry::Body;
 use crate::log::index::Slot;
+use crate::pool::PoolFailure;
 use crate::replica::core::ReplicaInner;
 use crate::types::{EntryPayload, LogId, Membership, StoredMembership};
 
@@ -85,9 +86,10 @@ impl<E: Env> ReplicaInner<E> {
         }
     }
 
-    /// Whether the maps' unmerged changes leave room for more.
-    pub async fn map_room(&self) {
-        while self.shared.delta_is_full() && self.shared.check().is_ok() {
+    /// Returns once the maps' unmerged changes leave room for more. What waited for an entry may find
+    /// the replica gone: then its log and its space are others'.
+    pub async fn map_room(&self) -> Result<(), PoolFailure> {
+        while self.alive().is_ok() && self.shared.delta_is_full() {
             let mut failure = self.shared.failure.clone();
             let merged = self.shared.merged.notified();
             self.shared.work.notify_one();
@@ -97,5 +99,6 @@ impl<E: Env> ReplicaInner<E> {
                 _ended = failure.wait_for(Option::is_some) => {}
             }
         }
+        self.alive()
     }
 }

@@ -161,6 +161,10 @@ impl<E: Env> ReplicaInner<E> {
 
     /// Changes of so many blocks came into the map. Rings the keeper when it should merge.
     pub fn note_changed(&self, blocks: u64) {
+        if self.dropped.get() {
+            // The sum would never lose them again.
+            return;
+        }
         self.note_delta();
         // A trim of everything is one change: it calls for a merge, and blocks nobody.
         let blocks = blocks.min(self.shared.budget.unmerged_blocks / 2 + 1);
@@ -201,7 +205,8 @@ impl<E: Env> ReplicaInner<E> {
     }
 
     /// As [`Self::append`]; where there is no space it waits for some instead: what was proposed is
-    /// never refused (guarantee **nothing-lost-when-full**).
+    /// never refused (guarantee **nothing-lost-when-full**). A replica that was dropped meanwhile
+    /// appends nothing more.
     pub async fn append_or_wait(
         &self,
         class: SpaceClass,
@@ -211,7 +216,7 @@ impl<E: Env> ReplicaInner<E> {
         crcs: &[u32],
     ) -> Result<Appended, PoolFailure> {
         loop {
-            self.shared.check()?;
+            self.alive()?;
             match self.append(class, kind, body, payload.clone(), crcs) {
                 Ok(appended) => return Ok(appended),
                 Err(AppendError::PoolFailed(failed)) => return Err(failed.into()),

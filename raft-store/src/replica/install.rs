@@ -109,8 +109,7 @@ impl<E: Env> ReplicaInner<E> {
             }
             from = page.next;
             self.note_delta();
-            self.map_room().await;
-            self.alive()?;
+            self.map_room().await?;
         }
         resync.map.unpin(pin);
         *self.resync.borrow_mut() = None;

@@ -30,8 +30,7 @@ pub use types::{
 
 use crate::log::Log;
 use crate::map::RunContent;
-use crate::pool::PoolFailure;
-use crate::pool::ReplicaDescriptor;
+use crate::pool::{PoolFailure, ReplicaDescriptor};
 use crate::types::{LogId, Membership, StoredMembership};
 use core::ReplicaInner;
 
@@ -189,9 +188,14 @@ impl<E: Env> Replica<E> {
         self.inner.applied.borrow().membership.clone()
     }
 
-    /// Returns once the map's delta has room: call it before applying more (back-pressure).
-    pub async fn map_room(&self) {
-        self.inner.map_room().await;
+    /// Returns once the map's delta has room (back-pressure). Call it before each entry that is
+    /// applied, with no await between the two: a replica may be dropped while entries that were read
+    /// from its log wait.
+    ///
+    /// # Errors
+    /// [`PoolFailure`]: nothing may be applied any more.
+    pub async fn map_room(&self) -> Result<(), PoolFailure> {
+        self.inner.map_room().await
     }
 
     /// Reads the newest version of `range` on `branch`, checked.

@@ -93,7 +93,7 @@ impl<E: Env> Resync<E> {
             let durable = inner.shared.streams.durable(StreamId::Cold, at).await;
             durable.map_err(PoolFailure::from)?;
         }
-        inner.map_room().await;
+        inner.map_room().await?;
         Ok(())
     }
 

@@ -186,7 +186,7 @@ impl<E: Env> RaftStateMachine<TypeConfig> for Machine<E> {
     {
         while let Some(entry) = entries.next().await {
             let (entry, responder) = entry?;
-            self.replica.map_room().await;
+            self.replica.map_room().await.map_err(io::Error::other)?;
             let reply = self.apply_one(entry);
             if let Some(responder) = responder {
                 responder.send(reply);
