@@ -120,6 +120,13 @@ fn is_mounted(file: &Path) -> Result<bool, HostError> {
     Ok(mounts::at(file)?.is_some_and(|mount| mount.fs_type == fuse::FS_TYPE))
 }
 
+/// Whether a loop device can be used. The kernel names the file of one that is being made, by a losetup
+/// whose driver was killed, before it has a size.
+fn has_size(device: &Path) -> bool {
+    let size = || disks::size(device).ok().filter(|size| *size > 0);
+    poll(LINK_TIME, size).is_some()
+}
+
 impl Attacher for FuseAttacher {
     fn name(&self) -> &'static str {
         "fuse"
@@ -145,7 +152,9 @@ impl Attacher for FuseAttacher {
 
     fn attach(&self, attachment: &Attachment) -> Result<PathBuf, HostError> {
         match self.state(attachment)? {
-            State::Attached(device) if self.answers(attachment, LINK_TIME) => return Ok(device),
+            State::Attached(device) if has_size(&device) && self.answers(attachment, LINK_TIME) => {
+                return Ok(device);
+            }
             State::None => {}
             _ => self.detach(attachment)?,
         }
