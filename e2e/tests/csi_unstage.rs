@@ -4,6 +4,7 @@
 mod csi_driver;
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::symlink;
 use std::time::{Duration, Instant};
 
@@ -15,8 +16,9 @@ use csi_driver::{Csi, Driver, HOST, Used, code, is_mounted, mounted};
 use nix::sys::signal::Signal;
 use tonic::Code;
 
-/// Files of 4 MiB: more than a link gets through in the moments that it is let go on for.
-const FILES: usize = 24;
+/// Files of 4 MiB, together far more than a link gets through in the moments that it is let go on for:
+/// one moment is up to some 40 MiB on a machine that has other things to do.
+const FILES: usize = 64;
 
 /// Unstages as an orchestrator does: again, while the driver says that it is not done.
 #[track_caller]
@@ -35,13 +37,19 @@ fn content(file: usize) -> Vec<u8> {
     (0..(4 << 20) / 8).flat_map(word).collect()
 }
 
-/// Files that are in this host's memory only.
+/// Stops the link, and then writes over files that are there and on the servers: what is new of them is
+/// in this host's memory only, all of it.
 #[track_caller]
-fn write_files(used: &Used) {
-    for file in 0..FILES {
+fn write_behind_a_stopped_link(used: &Used, link: u32) {
+    let write = |file: usize, content: &[u8]| {
         let path = format!("{}/{file}", used.staging);
-        fs::write(path, content(file)).expect("a file can be written");
-    }
+        let file = fs::OpenOptions::new().create(true).write(true).truncate(false).open(path);
+        file.and_then(|mut file| file.write_all(content)).expect("a file can be written");
+    };
+    (0..FILES).for_each(|file| write(file, &content(file + FILES)));
+    run("sync", &["--file-system", &used.staging]);
+    process::send(link, Signal::SIGSTOP);
+    (0..FILES).for_each(|file| write(file, &content(file)));
 }
 
 #[track_caller]
@@ -54,8 +62,9 @@ fn assert_files(used: &Used) {
     assert!(lost.is_empty(), "lost: {lost:?}");
 }
 
-/// Servers that are very slow: the link is let go on for a moment every six seconds, as long as it
-/// takes to complete a write (some MiB on a machine that is busy).
+/// Servers that are very slow: a link that is stopped is let go on for a moment every six seconds, as
+/// long as it takes to complete a write, and is stopped again when this returns. The moments are
+/// short beside what there is to write, or a fast machine is through with it before the end.
 #[track_caller]
 fn trickle(link: u32, device: &str, seconds: u64) {
     let stat = format!("/sys/block/{}/stat", device.trim_start_matches("/dev/"));
@@ -66,13 +75,14 @@ fn trickle(link: u32, device: &str, seconds: u64) {
     let alive = || assert!(process::is_alive(link), "the link was ended while it was needed");
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(seconds) {
-        alive();
-        process::send(link, Signal::SIGSTOP);
         std::thread::sleep(Duration::from_secs(6));
         alive();
-        let before = writes();
+        let (before, moment) = (writes(), Instant::now());
         process::send(link, Signal::SIGCONT);
-        until_true("a write's end", 60, || writes() != before);
+        while writes() == before {
+            assert!(moment.elapsed() < Duration::from_secs(60), "no write ends");
+        }
+        process::send(link, Signal::SIGSTOP);
     }
     alive();
 }
@@ -84,17 +94,17 @@ fn device_of(path: &str) -> String {
 #[test]
 fn what_is_on_its_way_to_slow_servers_is_waited_for() {
     let csi = Csi::start("csi-slow");
-    let used = csi.create("data", 192, mounted(Mode::SingleNodeWriter, "ext4"));
+    let used = csi.create("data", 640, mounted(Mode::SingleNodeWriter, "ext4"));
     csi.stage(&used).expect("it is staged");
     let (device, link) = (device_of(&used.staging), csi.links()[0]);
-    write_files(&used);
-    process::send(link, Signal::SIGSTOP);
+    write_behind_a_stopped_link(&used, link);
     std::thread::scope(|scope| {
         let unstaged = scope.spawn(|| unstage_patiently(&csi, &used));
         until_true("the unmount", 20, || !is_mounted(&used.staging));
         // Longer than a device that nobody cares about takes to be taken away.
         trickle(link, &device, 40);
         assert!(!unstaged.is_finished(), "there was more to write");
+        process::send(link, Signal::SIGCONT);
         unstaged.join().expect("it is unstaged");
     });
     csi.stage(&used).expect("it is staged again");
@@ -106,14 +116,13 @@ fn what_is_on_its_way_to_slow_servers_is_waited_for() {
 #[test]
 fn a_driver_that_is_killed_while_it_unmounts_leaves_the_rest_to_the_next() {
     let mut csi = Csi::start("csi-unmounting");
-    let used = csi.create("data", 192, mounted(Mode::SingleNodeWriter, "ext4"));
+    let used = csi.create("data", 640, mounted(Mode::SingleNodeWriter, "ext4"));
     csi.stage(&used).expect("it is staged");
     let (device, link) = (device_of(&used.staging), csi.links()[0]);
     // The dead one keeps its socket until its unmount ends.
     let mut next = Driver::new(&csi.cluster.scratch, "csi-next", "all", HOST);
     symlink(csi.file("state"), next.file("state")).expect("a link can be made");
-    write_files(&used);
-    process::send(link, Signal::SIGSTOP);
+    write_behind_a_stopped_link(&used, link);
     let first = csi.driver().pid();
     std::thread::scope(|scope| {
         scope.spawn(|| csi.unstage(&used));
@@ -124,6 +133,7 @@ fn a_driver_that_is_killed_while_it_unmounts_leaves_the_rest_to_the_next() {
         let unstaged = scope.spawn(|| unstage_patiently(next, &used));
         trickle(link, &device, 18);
         assert!(!unstaged.is_finished(), "there was more to write");
+        process::send(link, Signal::SIGCONT);
         unstaged.join().expect("it is unstaged");
     });
     next.stage(&used).expect("it is staged again");
