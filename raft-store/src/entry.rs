@@ -121,6 +121,11 @@ impl Command {
     pub fn control(bytes: Bytes) -> Self {
         Self { origin: Origin::default(), body: Body::Control(bytes) }
     }
+
+    /// Whether the extent map may change when it is applied.
+    pub(crate) fn changes_map(&self) -> bool {
+        !matches!(self.body, Body::Control(_))
+    }
 }
 
 /// Bytes that are not an entry of a version that this program reads.

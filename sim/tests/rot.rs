@@ -4,6 +4,8 @@
 use std::path::Path;
 
 use ballast_block::{BlockRange, NodeId};
+use ballast_raft_store::format::batch::Batch;
+use ballast_raft_store::stream::StreamId;
 use ballast_sim::ballast::{POOL, Sizes};
 use ballast_sim::env::disk::DiskImage;
 use ballast_sim::machine::Crash;
@@ -150,5 +152,71 @@ async fn an_entry_that_nobody_else_has_rots(scene: Scene) {
 fn a_leader_that_can_not_send_its_log_steps_aside() {
     for seed in 0..SEEDS {
         play(seed, Sizes::default(), None, an_entry_that_nobody_else_has_rots);
+    }
+}
+
+/// Blocks whose changes one page of the map has.
+const RANGE: BlockRange = BlockRange { start: 0, count: 256 };
+/// Trims of them, more than a pool of 96 MiB lets its maps have unmerged.
+const TRIMS: usize = 24;
+
+/// Pages of what is mapped on node 3's pool can't be read any more; their directory can.
+fn lose_pages_at_3(scene: &Scene) {
+    let pool = Path::new(POOL);
+    let disk = scene.world.disk(N3);
+    let peek = |at: u64| disk.peek(pool, at, BLOCK).unwrap_or_default();
+    let mut lost = 0;
+    for at in disk.image().changed_since(&DiskImage::default(), pool) {
+        let Ok(batch) = Batch::decode(&peek(at).into()) else { continue };
+        let payload =
+            (1..=u64::from(batch.fields.payload_blocks)).map(|nth| at + nth * BLOCK as u64);
+        // docs/disk-format.md: the kind of a page is its fifth byte; 1 and 2 are heads.
+        let is_head = |at: &u64| matches!(peek(*at).get(4), Some(1 | 2));
+        let heads = payload.filter(|at| batch.fields.stream == StreamId::Meta && is_head(at));
+        for at in heads {
+            disk.fail_reads_of(pool, at);
+            lost += 1;
+        }
+    }
+    assert!(lost > 0, "there is no page");
+}
+
+/// A map that can't be merged gets more changes than all maps of its pool may have. The node hears all
+/// the same that its replica is replaced: that is an entry of the cluster group, on the same pool.
+async fn a_map_page_rots_under_load(scene: Scene) {
+    let writer = scene.host();
+    writer.attach(N1).await;
+    scene.until("the leader follows its writer", || scene.leader() == Some(N1)).await;
+    writer.must_write(BLOCKS).await;
+    scene.until("node 3 has it", || scene.last_index(N3) == scene.last_index(N1)).await;
+    scene.world.sleep_ms(500).await;
+    let merged = scene.ask(N3, |node| async move {
+        node.pool().quiesce_maps().await.expect("its pages are whole");
+        node.pool().checkpoint().await.expect("a checkpoint is made");
+    });
+    merged.await;
+    scene.machine(N3).crash(Crash::Kill);
+    lose_pages_at_3(&scene);
+    scene.start_node(N3);
+    scene.until("it serves", || scene.is_ready(N3)).await;
+    let before = scene.replica(N3);
+    // It gets them all at once, and applies them before its map is looked at.
+    scene.set_isolated(N3, true);
+    for _ in 0..TRIMS {
+        assert_eq!(writer.trim(RANGE).within(30_000).await, Some(Outcome::Done));
+    }
+    scene.set_isolated(N3, false);
+    let there = || Some(scene.ballast.member(N3, scene.volume())?.group().replica().id());
+    let replaced = || there().is_some_and(|now| now != before && scene.voters().contains(&now));
+    scene.until("its replica is replaced", replaced).await;
+    writer.must_write(BLOCKS).await;
+    scene.end().await;
+}
+
+#[test]
+fn a_map_that_can_not_be_merged_is_replaced_although_all_room_is_taken() {
+    let sizes = Sizes { pool_bytes: 96 << 20, volume_blocks: 1 << 10, ..Sizes::default() };
+    for seed in 0..SEEDS {
+        play(seed, sizes, None, a_map_page_rots_under_load);
     }
 }

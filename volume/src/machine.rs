@@ -157,7 +157,7 @@ impl<E: Env> RaftStateMachine<TypeConfig> for StateMachine<E> {
         while let Some(item) = entries.next().await {
             let (entry, responder) = item?;
             // Back-pressure, not failure: a full delta is merged meanwhile (hazard 23).
-            self.replica.map_room().await.map_err(io::Error::other)?;
+            self.replica.room_for(&entry).await.map_err(io::Error::other)?;
             let reply = self.apply_entry(&entry)?;
             last = Some(entry.log_id);
             if let Some(responder) = responder {

@@ -7,7 +7,7 @@ use crate::entry::Body;
 use crate::log::index::Slot;
 use crate::pool::PoolFailure;
 use crate::replica::core::ReplicaInner;
-use crate::types::{EntryPayload, LogId, Membership, StoredMembership};
+use crate::types::{Entry, EntryPayload, LogId, Membership, StoredMembership};
 
 impl<E: Env> ReplicaInner<E> {
     pub fn apply_write(&self, id: LogId, branch: BranchId, sequence: Sequence) {
@@ -83,6 +83,16 @@ impl<E: Env> ReplicaInner<E> {
         if let Some(sequence) = sequence {
             assert!(sequence >= applied.sequence, "sequence goes back to {sequence}");
             applied.sequence = sequence;
+        }
+    }
+
+    /// As [`Self::map_room`] for an entry that changes the map; the others wait for nothing. All maps
+    /// of a pool share their room, and one that can't be merged may have all of it: the entry that has
+    /// it replaced is of another group, the cluster's.
+    pub async fn room_for(&self, entry: &Entry) -> Result<(), PoolFailure> {
+        match &entry.payload {
+            EntryPayload::Normal(command) if command.changes_map() => self.map_room().await,
+            _ => self.alive(),
         }
     }
 

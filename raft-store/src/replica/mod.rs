@@ -31,7 +31,7 @@ pub use types::{
 use crate::log::Log;
 use crate::map::RunContent;
 use crate::pool::{PoolFailure, ReplicaDescriptor};
-use crate::types::{LogId, Membership, StoredMembership};
+use crate::types::{Entry, LogId, Membership, StoredMembership};
 use core::ReplicaInner;
 
 /// One family's copy on this pool. A cheap handle: clones share everything.
@@ -188,9 +188,17 @@ impl<E: Env> Replica<E> {
         self.inner.applied.borrow().membership.clone()
     }
 
-    /// Returns once the map's delta has room (back-pressure). Call it before each entry that is
-    /// applied, with no await between the two: a replica may be dropped while entries that were read
-    /// from its log wait.
+    /// Returns once there is room for what the entry changes in the map (back-pressure). Call it
+    /// before each entry that is applied, with no await between the two: a replica may be dropped
+    /// while entries that were read from its log wait.
+    ///
+    /// # Errors
+    /// [`PoolFailure`]: nothing may be applied any more.
+    pub async fn room_for(&self, entry: &Entry) -> Result<(), PoolFailure> {
+        self.inner.room_for(entry).await
+    }
+
+    /// Returns once the maps' unmerged changes leave room for more (back-pressure).
     ///
     /// # Errors
     /// [`PoolFailure`]: nothing may be applied any more.

@@ -77,7 +77,7 @@ impl Default for DiskFaults {
 }
 
 /// A copy of everything on a disk.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct DiskImage(BTreeMap<PathBuf, (u64, Blocks)>);
 
 type Blocks = BTreeMap<u64, Box<[u8]>>;
