@@ -159,7 +159,7 @@ echo "simulator seed of this commit: BALLAST_SIM_SEED=$BALLAST_SIM_SEED"
 run_stage simulator 1 'sim/*'
 seeds_stage fixed-seeds --seeds "0..$fixed_seeds" --jobs 2
 # Seeds that once failed; the commit that fixed each names it.
-for seed in 50 77 238 450; do
+for seed in 50 77 238 450 1766000162; do
     seeds_stage "seed-$seed" --seed "$seed"
 done
 seeds_stage rot-seed --seed 5 --faults rot,kill-soon,cut-one-way,power-loss-of-all --every 300

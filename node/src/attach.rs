@@ -166,6 +166,33 @@ async fn follow<E: Env>(inner: &Inner<E>, family: &Family<E>, node: NodeId) {
     }
 }
 
+/// Hands the lead to another member that is connected and in sync, and answers to whom. The next one by
+/// replica id is asked first: where that one is no better off, it comes to each of them in turn.
+pub(crate) async fn pass_lead_on<E: Env>(inner: &Inner<E>, group: &Group<E>) -> Option<NodeId> {
+    group.leading_term()?;
+    let own = group.replica().id();
+    let mut heirs = others(inner, group);
+    let behind = heirs.partition_point(|(_, id)| *id < own);
+    heirs.rotate_left(behind);
+    for (node, _) in heirs {
+        let is_there = inner.links.connection(node, Lane::Control).is_ok();
+        if is_there && hand_over(group, node).await.is_ok() {
+            return Some(node);
+        }
+    }
+    None
+}
+
+/// The members of a group on other nodes, by replica id.
+pub(crate) fn others<E: Env>(inner: &Inner<E>, group: &Group<E>) -> Vec<(NodeId, ReplicaId)> {
+    let metrics = group.raft().server_metrics();
+    let metrics = metrics.borrow_watched();
+    let nodes = metrics.membership_config.membership().nodes();
+    let own = inner.config.node;
+    let others = nodes.filter(|(_, member)| member.node != own);
+    others.map(|(&id, member)| (member.node, ReplicaId(id))).collect()
+}
+
 async fn hand_over<E: Env>(group: &Group<E>, node: NodeId) -> Result<(), String> {
     let (target, lag) = in_sync_on(group, node)?;
     if lag > IN_SYNC_ENTRIES {

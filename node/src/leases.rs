@@ -22,7 +22,7 @@ use ballast_volume::family::{ExecuteError, Family};
 use bytes::Bytes;
 use thiserror::Error;
 
-use crate::attach::{DONE, NOT_LEADER, STOPPED};
+use crate::attach::{self, DONE, NOT_LEADER, STOPPED};
 use crate::calls::{ContentAskV1, ContentReplyV1, InstallLeasesV1, Tag, decode};
 use crate::node::Inner;
 use crate::peers::links::Lane;
@@ -210,16 +210,23 @@ pub(crate) async fn install_here<E: Env>(
         Ok(()) if ask.epoch != 0 => member.group().pass().await.map(drop).map_err(Into::into),
         brought_up => brought_up,
     };
-    let state = member.state();
-    let is_there = state.leases().revision() >= ask.revision && state.size() >= ask.size;
-    match brought_up {
-        Ok(()) if is_there => {
-            let epoch = Epoch(ask.epoch);
-            let not_leased = epoch != Epoch(0) && state.leases().grant(epoch).is_none();
-            ContentReplyV1 { not_leased, ..ContentReplyV1::default() }
+    if let Err(error) = brought_up {
+        return failed(&error);
+    }
+    let not_leased = {
+        let state = member.state();
+        let is_there = state.leases().revision() >= ask.revision && state.size() >= ask.size;
+        let epoch = Epoch(ask.epoch);
+        is_there.then(|| epoch != Epoch(0) && state.leases().grant(epoch).is_none())
+    };
+    match not_leased {
+        Some(not_leased) => ContentReplyV1 { not_leased, ..ContentReplyV1::default() },
+        None => {
+            // Not one that only lags: it does not hear the cluster group. Another member may.
+            let heir = attach::pass_lead_on(inner, member.group()).await;
+            tracing::warn!(%family, ?heir, "leads, and does not hear what was decided: hands over");
+            not_leader(heir)
         }
-        Ok(()) => stopped(),
-        Err(error) => failed(&error),
     }
 }
 

@@ -18,10 +18,9 @@ use ballast_raft_store::replica::Health;
 use ballast_raft_store::types::{EntryPayload, LogId, log_id, term_of};
 use ballast_volume::group::Group;
 use bytes::Bytes;
-use openraft::async_runtime::WatchReceiver;
 use openraft::storage::RaftLogReader;
 
-use crate::attach::move_leader_here;
+use crate::attach::{self, others};
 use crate::calls::{EntryV1, MoveLeaderV1, Tag};
 use crate::node::Inner;
 use crate::peers::links::Lane;
@@ -51,15 +50,6 @@ pub(crate) async fn run<E: Env>(node: Weak<Inner<E>>) {
         drop(inner);
         env.sleep(ROUND).await;
     }
-}
-
-fn others<E: Env>(inner: &Inner<E>, group: &Group<E>) -> Vec<(NodeId, ReplicaId)> {
-    let metrics = group.raft().server_metrics();
-    let metrics = metrics.borrow_watched();
-    let nodes = metrics.membership_config.membership().nodes();
-    let own = inner.config.node;
-    let others = nodes.filter(|(_, member)| member.node != own);
-    others.map(|(&id, member)| (member.node, ReplicaId(id))).collect()
 }
 
 /// `held_up` has what could not be mended in the last round, by replica, of entries not applied.
@@ -179,12 +169,7 @@ async fn replace<E: Env>(inner: &Rc<Inner<E>>, group: &Group<E>, why: &str) {
     let replica = group.replica().id();
     if let Some(term) = group.leading_term() {
         tracing::error!(%replica, term, why, "leads with a damaged replica: hands over");
-        for (node, _) in others(inner, group) {
-            let moved = move_leader_here(inner, group.replica().family(), node).await;
-            if moved.code == 0 {
-                break;
-            }
-        }
+        attach::pass_lead_on(inner, group).await;
         return;
     }
     if group.replica().family() == FamilyId::CLUSTER {

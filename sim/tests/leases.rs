@@ -411,3 +411,30 @@ fn a_volume_grows_under_its_writer() {
         scene.end().await;
     });
 }
+
+/// A leader that does not hear the cluster group, although its own group hears it, as behind a single
+/// link that is down: it can't take over what was decided, and makes room for one that can.
+#[test]
+fn a_leader_that_does_not_hear_the_cluster_group_makes_room() {
+    let nodes = [N1, N2, N3];
+    let roles = nodes.iter().flat_map(|leader| nodes.map(|other| (*leader, other)));
+    for (seed, (leader, cut_off)) in roles.filter(|(leader, other)| leader != other).enumerate() {
+        play(seed as u64, Sizes::default(), None, |scene| async move {
+            let is_third = |node: &NodeId| *node != leader && *node != cut_off;
+            let third = nodes.into_iter().find(is_third).expect("there are three");
+            scene.move_leader(leader).await;
+            let link = (leader.0, cut_off.0);
+            scene.set_cut(&[link, (link.1, link.0)], true);
+            let holder = scene.host();
+            let began = scene.world.now_ms();
+            let taken =
+                holder.take_lease(third, LeaseMode::SingleNodeWriter, true, FORCED_MS_MAX).await;
+            let took = scene.world.now_ms() - began;
+            assert!(taken, "{leader} leads without {cut_off}: no lease after {took} ms");
+            holder.attach(third).await;
+            holder.must_write(BLOCKS).await;
+            scene.set_cut(&[link, (link.1, link.0)], false);
+            scene.end().await;
+        });
+    }
+}
