@@ -44,6 +44,8 @@ fn a_node_that_died_comes_back_only_when_told_to() {
 #[test]
 fn what_dev_prints_works_when_pasted() {
     let cluster = Cluster::start("dev-prints");
+    // It prints when all is there: behind dev.json, by which the cluster counts as started.
+    until_true("all that it prints", 20, || cluster.log().contains("keeps its data."));
     let log = cluster.log();
     let lines: Vec<&str> = log
         .lines()
