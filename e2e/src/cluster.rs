@@ -208,9 +208,19 @@ impl Cluster {
         self.islands.get(&id).expect("the node was moved to an island")
     }
 
-    /// Sends a signal to a node.
+    /// Sends a signal to a node. After SIGSTOP it stands still: it answers nothing that is asked later.
+    ///
+    /// # Panics
+    /// When it does not run, or does not stand still.
+    #[track_caller]
     pub fn signal(&self, id: u32, signal: Signal) {
-        process::send(self.node(id).pid, signal);
+        let pid = self.node(id).pid;
+        process::send(pid, signal);
+        if signal == Signal::SIGSTOP {
+            wait::until_true(&format!("node {id} stands still"), READY, || {
+                process::is_stopped(pid)
+            });
+        }
     }
 
     /// Ends the cluster as Ctrl-C does and returns the exit code.
@@ -285,8 +295,9 @@ impl Cluster {
             replica.live && replica.role == api::ReplicaRole::Leader as i32
         };
         wait::until("a leader", READY, || {
-            let mut replicas = self.replicas(volume).into_iter();
-            replicas.find(leads).map(|replica| replica.node)
+            let leaders = self.replicas(volume).into_iter().filter(leads);
+            // One that was voted out and has not heard of it yet says that it leads, too.
+            leaders.max_by_key(|replica| replica.term).map(|replica| replica.node)
         })
     }
 
@@ -317,6 +328,24 @@ impl Cluster {
                 && replicas.iter().any(leads)
                 && replicas.iter().all(|replica| replica.live && replica.in_sync)
         });
+    }
+
+    /// Waits until every node that runs has heard that a volume can be used: who made it was answered
+    /// when one of them had, and a client that opens it at another one would be told that there is none.
+    ///
+    /// # Panics
+    /// When one does not hear of it.
+    #[track_caller]
+    pub fn wait_known(&self, volume: &str) {
+        let is_ready =
+            |it: &api::Volume| it.name == volume && it.phase == api::VolumePhase::Ready as i32;
+        for node in self.nodes().iter().filter(|node| process::is_alive(node.pid)) {
+            wait::until_true(&format!("node {} knows {volume}", node.id), READY, || {
+                let request = api::ListVolumesRequest::default;
+                let answer = self.ask(node.id, async |it| it.list_volumes(request()).await);
+                matches!(answer, Some(Ok(list)) if list.get_ref().volumes.iter().any(is_ready))
+            });
+        }
     }
 
     /// Reads the whole of `demo` from each node's own replica, by letting each lead in turn, and

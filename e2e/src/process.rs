@@ -152,14 +152,21 @@ pub fn is_alive(pid: u32) -> bool {
     }
 }
 
-/// Whether a process stands still after SIGSTOP.
+/// Whether a process stands still after SIGSTOP: all of its threads. The signal is taken by one of
+/// them, and others go on for as long as that one waits for a processor.
 pub fn is_stopped(pid: u32) -> bool {
-    state(pid) == Some('T')
+    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return false };
+    let mut states = tasks.flatten().map(|task| letter(&task.path().join("stat")));
+    states.all(|state| state == Some('T'))
 }
 
 /// The letter by which /proc tells what a process does.
 fn state(pid: u32) -> Option<char> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    letter(Path::new(&format!("/proc/{pid}/stat")))
+}
+
+fn letter(stat: &Path) -> Option<char> {
+    let stat = fs::read_to_string(stat).unwrap_or_default();
     stat.rsplit(") ").next().and_then(|rest| rest.chars().next())
 }
 
