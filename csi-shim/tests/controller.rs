@@ -353,23 +353,23 @@ async fn volumes_grow_and_never_shrink() {
 async fn a_size_that_is_decided_and_not_in_force_is_no_growth() {
     let (fake, controller) = controller().await;
     let volume = create(&controller, "pvc-1").await;
-    let expand = async || {
+    let expand = async |within: u64| {
         let range = CapacityRange { required_bytes: 100 * MIB, limit_bytes: 0 };
         let mut it = request(ControllerExpandVolumeRequest {
             volume_id: volume.volume_id.clone(),
             capacity_range: Some(range),
             ..Default::default()
         });
-        it.set_timeout(Duration::from_millis(900));
+        it.set_timeout(Duration::from_millis(within));
         let answer = controller.controller_expand_volume(it).await;
         answer.map(|it| it.into_inner().capacity_bytes).map_err(|status| status.code())
     };
     fake.hold_growth(true);
     for _ in 0..2 {
-        assert_eq!(expand().await, Err(Code::Unavailable));
+        assert_eq!(expand(900).await, Err(Code::Unavailable));
     }
     fake.hold_growth(false);
-    assert_eq!(expand().await, Ok(100 * MIB));
+    assert_eq!(expand(30_000).await, Ok(100 * MIB));
 }
 
 #[tokio::test]
@@ -405,7 +405,8 @@ async fn a_second_call_for_a_volume_is_turned_away_while_one_runs() {
 async fn a_call_whose_caller_has_gone_runs_to_its_end_before_the_next() {
     let (fake, controller) = controller().await;
     let volume = create(&controller, "pvc-1").await;
-    fake.lose_quorum(2);
+    // Until it is seen that the call goes on.
+    fake.lose_quorum(u32::MAX);
     let published = publish(&volume, "node-1", mounted(Mode::SingleNodeWriter));
     let call = controller.controller_publish_volume(request(published));
     tokio::time::timeout(Duration::from_millis(50), call).await.expect_err("it takes longer");
@@ -419,6 +420,7 @@ async fn a_call_whose_caller_has_gone_runs_to_its_end_before_the_next() {
         answer.map_or_else(|status| status.code(), |_| Code::Ok)
     };
     assert_eq!(unpublish().await, Code::Aborted);
+    fake.lose_quorum(0);
     let mut code = Code::Aborted;
     while code == Code::Aborted {
         tokio::task::yield_now().await;

@@ -129,7 +129,9 @@ fn a_cluster_lives_dies_and_comes_back_with_its_data() {
         })
     };
     assert_eq!(create().id, create().id);
-    assert!(run("nbdinfo", &["--list", &cluster.node(3, "nbd")]).contains("more"));
+    // Another node hears of it a moment later.
+    let listed = || run("nbdinfo", &["--list", &cluster.node(3, "nbd")]);
+    until("the volume at node 3", || listed().contains("more").then_some(()));
 
     // A node that is killed stays away until it is started by hand; its pid is then true again.
     let before = cluster.pid(2);

@@ -9,7 +9,7 @@ use ballast_e2e::cluster::{Cluster, Options};
 use ballast_e2e::nbd::Connection;
 use ballast_e2e::process::{Running, output, run};
 use ballast_e2e::scratch;
-use ballast_e2e::wait::until_true;
+use ballast_e2e::wait::{until_true, within};
 use serde_json::Value;
 
 fn small(test: &str) -> Cluster {
@@ -41,6 +41,14 @@ fn acquire(cluster: &Cluster, node: u32, more: &[&str]) -> (u64, String) {
 /// Where a node serves that export.
 fn uri(cluster: &Cluster, node: u32, export: &str) -> String {
     format!("{}/{export}", cluster.node(node).nbd.trim_end_matches('/'))
+}
+
+/// Waits until a node has heard of a host's lease: another one may have granted it.
+#[track_caller]
+fn wait_heard(cluster: &Cluster, node: u32, host: &str) {
+    until_true(&format!("the lease of {host} on node {node}"), 20, || {
+        cluster.ballastctl(node, &["lease", "list", "--volume", "demo"]).contains(host)
+    });
 }
 
 fn qemu_io(uri: &str, command: &str) -> Output {
@@ -78,30 +86,37 @@ impl Writer {
 #[test]
 fn a_client_without_a_lease_is_shown_with_the_volume() {
     let cluster = small("leases-none");
-    let writers = || {
-        let shown = cluster.ballastctl(3, &["volume", "show", "demo", "-o", "json"]);
-        let shown: Value = serde_json::from_str(&shown).expect("JSON");
-        shown["writers"].clone()
+    // What node 3 tells is what the leader said last, and the hosts of leases that it has heard of.
+    let writers = |expected: Value| {
+        let mut last = Value::Null;
+        let seen = within(20, || {
+            let shown = cluster.ballastctl(3, &["volume", "show", "demo", "-o", "json"]);
+            let shown: Value = serde_json::from_str(&shown).expect("JSON");
+            last = shown["writers"].clone();
+            (last == expected).then_some(())
+        });
+        assert!(seen.is_some(), "writers are {last}, not {expected}");
     };
-    assert_eq!(writers(), serde_json::json!([]));
+    writers(serde_json::json!([]));
     let mut client = Writer::start(&cluster, &uri(&cluster, 2, "demo"));
     client.tell("write -P 0x11 0 4k", "wrote 4096/4096");
     let _reader = Connection::open(&uri(&cluster, 1, "demo@ro")).expect("it may read");
     let unleased = serde_json::json!([{ "node": 2, "epoch": null, "host": null }]);
-    assert_eq!(writers(), unleased, "readers are in no list");
+    // Readers are in no list.
+    writers(unleased);
     let list = cluster.ballastctl(1, &["lease", "list"]);
     assert_eq!(list.lines().count(), 1, "a header and no lease: {list}");
 
     // A lease puts it out.
     let (epoch, export) = acquire(&cluster, 1, &["--host", "host-1"]);
     client.tell("write -P 0x33 0 4k", "failed");
-    assert_eq!(writers(), serde_json::json!([]));
+    writers(serde_json::json!([]));
     let mut holder = Writer::start(&cluster, &uri(&cluster, 1, &export));
     holder.tell("read -P 0x11 0 4k", "read 4096/4096");
     let leased = serde_json::json!([{ "node": 1, "epoch": epoch, "host": "host-1" }]);
-    assert_eq!(writers(), leased);
+    writers(leased);
     drop(holder);
-    until_true("the end of the attachment", 20, || writers() == serde_json::json!([]));
+    writers(serde_json::json!([]));
 }
 
 #[test]
@@ -115,8 +130,7 @@ fn a_lease_is_granted_kept_taken_by_force_and_released() {
     assert_refused(&cluster, &other, 1, "leased to host \"host-1\" (single-node-writer)");
     let differs = ["volume", "attach", "demo", "--host", "host-1", "--mode", "readers"];
     assert_refused(&cluster, &differs, 1, "release it first");
-    let list = cluster.ballastctl(3, &["lease", "list", "--volume", "demo"]);
-    assert!(list.contains("host-1"), "{list}");
+    wait_heard(&cluster, 3, "host-1");
 
     assert!(!qemu_io(&uri(&cluster, 1, "demo"), "write 0 4k").status.success(), "no lease named");
     let mut holder = Writer::start(&cluster, &uri(&cluster, 1, &export));
@@ -142,6 +156,8 @@ fn a_lease_is_granted_kept_taken_by_force_and_released() {
     }
 
     assert_refused(&cluster, &["volume", "delete", "demo", "--yes"], 1, "a volume in use");
+    // Whether there was one to release is said by what the node that is asked has heard.
+    wait_heard(&cluster, 2, "host-2");
     let late = cluster.ballastctl(1, &["lease", "release", "demo", "--host", "host-1"]);
     assert_eq!(late, "not there: nothing to release\n");
     let released = cluster.ballastctl(2, &["volume", "detach", "demo", "--host", "host-2"]);

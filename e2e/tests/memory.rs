@@ -60,5 +60,8 @@ fn many_deep_queues_stay_within_the_memory_for_requests() {
     // Headers of replies are counted when they are there, not before.
     assert!(held <= (REQUESTS_MIB + 1) * MIB, "{held} bytes held");
     assert!(resident < before + GROWTH, "memory grew from {before} to {resident}");
-    assert_eq!(cluster.metric(1, "ballast_nbd_request_memory_bytes"), 0);
+    // The node gives back what a request had when its answer is sent: the client may be gone by then.
+    wait::until_true("all memory is given back", 20, || {
+        cluster.metric(1, "ballast_nbd_request_memory_bytes") == 0
+    });
 }

@@ -91,41 +91,32 @@ fn a_full_pool_refuses_writes_loses_nothing_and_recovers() {
     cluster.assert_replicas_are_equal();
 }
 
-/// Fills the pools of so many nodes, each by a volume with its one replica there. Answers the volumes
+/// Fills the pools of these nodes, each by a volume with its one replica there. Answers the volumes
 /// and their nodes.
-fn fill_nodes(cluster: &Cluster, count: usize) -> Vec<(String, u32, u64)> {
-    let mut full: Vec<(String, u32, u64)> = Vec::new();
-    for number in 0..20 {
-        if full.len() == count {
-            return full;
-        }
-        let name = format!("filler-{number}");
+fn fill_nodes(cluster: &Cluster, nodes: &[u32]) -> Vec<(String, u32, u64)> {
+    let fill_node = |&node: &u32| {
+        let (name, prefer) = (format!("filler-{node}"), node.to_string());
         let create = ["volume", "create", &name, "--size", "1GiB", "--replicas", "1", "--wait"];
-        cluster.ballastctl(1, &create);
+        cluster.ballastctl(1, &[&create[..], &["--prefer", &prefer]].concat());
         cluster.wait_in_sync(&name);
-        let node = cluster.replicas(&name)[0].node;
-        if full.iter().any(|(_, taken, _)| *taken == node) {
-            // Placed before the node's report of its full pool was known.
-            cluster.ballastctl(1, &["volume", "delete", &name, "--yes"]);
-            std::thread::sleep(std::time::Duration::from_millis(500));
-            continue;
-        }
+        cluster.wait_known(&name);
+        assert_eq!(cluster.replicas(&name)[0].node, node, "there was room");
         let runs = fill(&cluster.uri(node).replace("/demo", &format!("/{name}")), 128);
         assert!((8..128).contains(&runs), "{runs} runs of 8 MiB went into a pool of 512 MiB");
-        full.push((name, node, runs));
-    }
-    panic!("{count} full nodes wanted, got {full:?}");
+        (name, node, runs)
+    };
+    nodes.iter().map(fill_node).collect()
 }
 
-/// With so many full nodes, among them the leader or not: writes to a volume that has replicas
+/// With these nodes full, among them the leader or not: writes to a volume that has replicas
 /// on all nodes are refused, reads go on, nothing is lost; trims and deletes make room.
-fn full_nodes(test: &str, count: usize, leads: bool) {
+fn full_nodes(test: &str, nodes: &[u32], leads: bool) {
     let cluster = Cluster::with(test, &small_pools(64, 512));
     let load = ["--expect-zeroes", "--span-mib", "32", "--allow-no-space"];
     let mut verify = Verify::start(&cluster.scratch, &[&cluster.uri(1)], &load);
     verify.progress(300, 60);
     let mut growing = Growing::create(&cluster);
-    let full = fill_nodes(&cluster, count);
+    let full = fill_nodes(&cluster, nodes);
     let is_full = |node: u32| full.iter().any(|(_, taken, _)| *taken == node);
     let leader = (1..=3).find(|node| is_full(*node) == leads).expect("some of both");
     // The lead follows who writes.
@@ -155,17 +146,17 @@ fn full_nodes(test: &str, count: usize, leads: bool) {
 
 #[test]
 fn a_full_leader_refuses_writes_and_recovers() {
-    full_nodes("full-leader", 1, true);
+    full_nodes("full-leader", &[1], true);
 }
 
 #[test]
 fn a_full_follower_refuses_writes_and_recovers() {
-    full_nodes("full-follower", 1, false);
+    full_nodes("full-follower", &[3], false);
 }
 
 #[test]
 fn two_full_followers_refuse_writes_and_recover() {
-    full_nodes("full-followers", 2, false);
+    full_nodes("full-followers", &[2, 3], false);
 }
 
 #[test]

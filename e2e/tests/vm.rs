@@ -347,7 +347,10 @@ fn writes_to_a_volume_that_was_deleted_fail_soon() {
     });
     let took = start.elapsed().as_secs_f64();
     println!("the writer's error came {took:.1} s after the driver");
-    assert!(host.console().contains("the cluster says that the volume is deleted"));
+    // What the driver says goes through a pipe and the guest's serial line.
+    until_true("the driver's word why", 60, || {
+        host.console().contains("the cluster says that the volume is deleted")
+    });
     host.unpublish(&used, "pod").expect("it is unpublished");
     host.unstage(&used).expect("it is unstaged");
     host.end();
