@@ -13,6 +13,7 @@ pub mod commits;
 pub mod disk;
 pub mod filesystem;
 pub mod http;
+pub mod machine;
 pub mod nbd;
 pub mod network;
 pub mod peer;

@@ -4,10 +4,13 @@ use std::io::{BufRead, BufReader};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::process::Running;
+use crate::machine::Machine;
+use crate::process::{self, Running};
 use crate::scratch::{self, Scratch};
+use crate::wait;
 
 /// Seconds that reading everything back may take.
 const READ_BACK: u64 = 180;
@@ -123,6 +126,26 @@ impl Verify {
         panic!("{what} did not come in {seconds} s; last: {}", self.latest);
     }
 
+    /// Has the tool stand still until [`Verify::go_on`]: it asks for nothing, nor takes an answer.
+    ///
+    /// # Panics
+    /// When it is gone, or does not stand still.
+    #[track_caller]
+    pub fn hold(&self) {
+        self.process.signal(Signal::SIGSTOP);
+        let pid = self.process.pid();
+        wait::until_true("the load stands still", 20, || process::is_stopped(pid));
+    }
+
+    /// Has the tool go on.
+    ///
+    /// # Panics
+    /// When it is gone.
+    #[track_caller]
+    pub fn go_on(&self) {
+        self.process.signal(Signal::SIGCONT);
+    }
+
     /// Ends the load, lets the tool read everything back, and returns its report.
     ///
     /// # Panics
@@ -165,12 +188,31 @@ impl Report {
 
     /// The longest stall that touches this interval, in milliseconds (all times in ms since 1970).
     pub fn longest_stall_between(&self, from: u64, to: u64) -> u64 {
+        self.stalls_between(from, to).map(|(_, ms)| ms).max().unwrap_or(0)
+    }
+
+    /// The same, each without the time in it that the machine itself stood still.
+    pub fn longest_stall_on(&self, machine: &Machine, from: u64, to: u64) -> u64 {
+        let theirs = |(begin, ms): (u64, u64)| {
+            let paused = machine.paused_between(begin, begin + ms);
+            if paused > 0 {
+                println!(
+                    "a stall of {ms} ms, of which the machine itself stood still for {paused}"
+                );
+            }
+            ms.saturating_sub(paused)
+        };
+        self.stalls_between(from, to).map(theirs).max().unwrap_or(0)
+    }
+
+    /// Beginnings and lengths of the stalls that touch an interval.
+    fn stalls_between(&self, from: u64, to: u64) -> impl Iterator<Item = (u64, u64)> {
         let stalls = self.json["stalls"].as_array().cloned().unwrap_or_default();
-        let within = stalls.iter().filter(|stall| {
-            let begin = stall["unix_ms"].as_u64().unwrap_or(0);
-            begin < to && begin + stall["ms"].as_u64().unwrap_or(0) > from
+        let stalls = stalls.into_iter().map(|stall| {
+            let number = |name: &str| stall[name].as_u64().unwrap_or(0);
+            (number("unix_ms"), number("ms"))
         });
-        within.filter_map(|stall| stall["ms"].as_u64()).max().unwrap_or(0)
+        stalls.filter(move |(begin, ms)| *begin < to && begin + ms > from)
     }
 }
 

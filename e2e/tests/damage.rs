@@ -163,12 +163,15 @@ fn with_damage(
     kind: &str,
     pick: impl Fn(&[&Value]) -> usize,
 ) -> String {
+    // However fast the disks are: what is to be damaged must not be behind the next checkpoint.
+    verify.hold();
     stop(cluster, 2);
     cluster.restart(2);
     cluster.wait_in_sync(volume);
     // A vote in the log of node 2, whoever leads in the end.
     cluster.move_leader(volume, 3);
     cluster.move_leader(volume, if leads { 2 } else { 1 });
+    verify.go_on();
     verify.progress(200, 60);
     cluster.kill(2);
     let (_, before) = inspect(cluster, 2, &["--places", "--payload"]);
@@ -245,7 +248,7 @@ fn wait_mended(cluster: &Cluster, damaged: &str) {
 /// when it was killed or that followed.
 fn mended(test: &str, leads: bool) {
     let mut cluster = Cluster::start(test);
-    // One small write at a time: what a case damages must not be behind a checkpoint before it can.
+    // One small write at a time: each leaves a batch of its own, and no checkpoint is due for long.
     let gentle = ["--expect-zeroes", "--span-mib", "32", "--depth", "1", "--max-kib", "4"];
     let mut verify = Verify::start(&cluster.scratch, &[&cluster.uri(1)], &gentle);
     verify.progress(500, 60);
@@ -286,10 +289,10 @@ fn mended(test: &str, leads: bool) {
     });
     cluster.wait_in_sync("demo");
     verify.finish().assert_ok();
-    // Everything is read from the replica that was damaged; one that can't hands over, while the
-    // reader waits, and gets a successor.
+    // Everything is read from the replica that was damaged, at its node: a client at another one would
+    // take the lead there. One that can't read hands over, while the reader waits, and gets a successor.
     cluster.move_leader("demo", 2);
-    run("nbdcopy", &[&cluster.uri(1), "null:"]);
+    run("nbdcopy", &[&cluster.uri(2), "null:"]);
     wait_counted(&cluster, "ballast_damaged_pages_total", &damaged);
     cluster.wait_in_sync("demo");
     cluster.assert_replicas_are_equal();
