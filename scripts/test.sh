@@ -165,7 +165,7 @@ done
 seeds_stage rot-seed --seed 5 --faults rot,kill-soon,cut-one-way,power-loss-of-all --every 300
 seeds_stage commit-seed --seed "$BALLAST_SIM_SEED"
 # These measure: each alone.
-measuring='failover|memory|network|pause|postgres|csi_life'
+measuring='failover|memory|network|pause|postgres|shards|csi_life'
 run_stage measured 1 "e2e/@($measuring)" --test-threads=1
 # Much of their time these wait: two at a time.
 run_stage processes 2 "e2e/!(vm|$measuring)" --test-threads=1
