@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use ballast_block::{BlockRange, NodeId};
+use ballast_block::{BlockRange, FamilyId, NodeId, ReplicaId};
 use ballast_raft_store::format::batch::Batch;
 use ballast_raft_store::stream::StreamId;
 use ballast_sim::ballast::{POOL, Sizes};
@@ -160,10 +160,10 @@ const RANGE: BlockRange = BlockRange { start: 0, count: 256 };
 /// Trims of them, more than a pool of 96 MiB lets its maps have unmerged.
 const TRIMS: usize = 24;
 
-/// Pages of what is mapped on node 3's pool can't be read any more; their directory can.
-fn lose_pages_at_3(scene: &Scene) {
+/// Pages of what is mapped on a node's pool can't be read any more; their directory can.
+fn lose_pages(scene: &Scene, node: NodeId) {
     let pool = Path::new(POOL);
-    let disk = scene.world.disk(N3);
+    let disk = scene.world.disk(node);
     let peek = |at: u64| disk.peek(pool, at, BLOCK).unwrap_or_default();
     let mut lost = 0;
     for at in disk.image().changed_since(&DiskImage::default(), pool) {
@@ -181,6 +181,29 @@ fn lose_pages_at_3(scene: &Scene) {
     assert!(lost > 0, "there is no page");
 }
 
+/// Starts a node again that can't read the pages of what is mapped; answers its replica.
+async fn restart_without_pages(scene: &Scene, node: NodeId) -> ReplicaId {
+    let leader = scene.leader().expect("all is well");
+    scene.until("it has all", || scene.last_index(node) == scene.last_index(leader)).await;
+    scene.world.sleep_ms(500).await;
+    let merged = scene.ask(node, |node| async move {
+        node.pool().quiesce_maps().await.expect("its pages are whole");
+        node.pool().checkpoint().await.expect("a checkpoint is made");
+    });
+    merged.await;
+    scene.machine(node).crash(Crash::Kill);
+    lose_pages(scene, node);
+    scene.start_node(node);
+    scene.until("it serves", || scene.is_ready(node)).await;
+    scene.replica(node)
+}
+
+async fn until_replaced(scene: &Scene, node: NodeId, before: ReplicaId) {
+    let there = || Some(scene.ballast.member(node, scene.volume())?.group().replica().id());
+    let replaced = || there().is_some_and(|now| now != before && scene.voters().contains(&now));
+    scene.until("its replica is replaced", replaced).await;
+}
+
 /// A map that can't be merged gets more changes than all maps of its pool may have. The node hears all
 /// the same that its replica is replaced: that is an entry of the cluster group, on the same pool.
 async fn a_map_page_rots_under_load(scene: Scene) {
@@ -188,27 +211,14 @@ async fn a_map_page_rots_under_load(scene: Scene) {
     writer.attach(N1).await;
     scene.until("the leader follows its writer", || scene.leader() == Some(N1)).await;
     writer.must_write(BLOCKS).await;
-    scene.until("node 3 has it", || scene.last_index(N3) == scene.last_index(N1)).await;
-    scene.world.sleep_ms(500).await;
-    let merged = scene.ask(N3, |node| async move {
-        node.pool().quiesce_maps().await.expect("its pages are whole");
-        node.pool().checkpoint().await.expect("a checkpoint is made");
-    });
-    merged.await;
-    scene.machine(N3).crash(Crash::Kill);
-    lose_pages_at_3(&scene);
-    scene.start_node(N3);
-    scene.until("it serves", || scene.is_ready(N3)).await;
-    let before = scene.replica(N3);
+    let before = restart_without_pages(&scene, N3).await;
     // It gets them all at once, and applies them before its map is looked at.
     scene.set_isolated(N3, true);
     for _ in 0..TRIMS {
         assert_eq!(writer.trim(RANGE).within(30_000).await, Some(Outcome::Done));
     }
     scene.set_isolated(N3, false);
-    let there = || Some(scene.ballast.member(N3, scene.volume())?.group().replica().id());
-    let replaced = || there().is_some_and(|now| now != before && scene.voters().contains(&now));
-    scene.until("its replica is replaced", replaced).await;
+    until_replaced(&scene, N3, before).await;
     writer.must_write(BLOCKS).await;
     scene.end().await;
 }
@@ -218,5 +228,59 @@ fn a_map_that_can_not_be_merged_is_replaced_although_all_room_is_taken() {
     let sizes = Sizes { pool_bytes: 96 << 20, volume_blocks: 1 << 10, ..Sizes::default() };
     for seed in 0..SEEDS {
         play(seed, sizes, None, a_map_page_rots_under_load);
+    }
+}
+
+/// Who leads the cluster group.
+async fn cluster_leader(scene: &Scene) -> Option<NodeId> {
+    let reports = scene.ask(N1, |node| async move { node.reports().await }).await;
+    let leads = |node: &NodeId| {
+        let mut replicas = reports[node].replicas.iter();
+        replicas.any(|one| one.family == FamilyId::CLUSTER.0 && one.role == "leader")
+    };
+    reports.keys().copied().find(leads)
+}
+
+/// A replica is lost while its group is led by a node that does not hear the cluster group, and never
+/// learns that there is another one to be taken in.
+async fn a_replica_rots_under_a_deaf_leader(scene: Scene) {
+    let has_replica = |node: &NodeId| scene.ballast.member(*node, scene.volume()).is_some();
+    let (members, others): (Vec<_>, Vec<_>) = scene.nodes().into_iter().partition(has_replica);
+    let mut speaker = cluster_leader(&scene).await;
+    while !speaker.is_some_and(|node| others.contains(&node)) {
+        if let Some(node) = speaker {
+            scene.machine(node).crash(Crash::Kill);
+            scene.world.sleep_ms(3_000).await;
+            scene.start_node(node);
+            scene.until("it serves", || scene.is_ready(node)).await;
+        }
+        scene.world.sleep_ms(500).await;
+        speaker = cluster_leader(&scene).await;
+    }
+    let (speaker, deaf, rotten) = (speaker.expect("asked above"), members[0], members[1]);
+    let writer = scene.host();
+    writer.attach(deaf).await;
+    scene.until("the leader follows its writer", || scene.leader() == Some(deaf)).await;
+    writer.must_write(BLOCKS).await;
+    let before = restart_without_pages(&scene, rotten).await;
+    scene.move_leader(deaf).await;
+    let links = [(deaf.0, speaker.0), (speaker.0, deaf.0)];
+    scene.set_cut(&links, true);
+    for _ in 0..TRIMS {
+        assert_eq!(writer.trim(RANGE).within(30_000).await, Some(Outcome::Done));
+    }
+    until_replaced(&scene, rotten, before).await;
+    assert_ne!(scene.leader(), Some(deaf), "it did not hear of it");
+    scene.set_cut(&links, false);
+    writer.must_write(BLOCKS).await;
+    scene.end().await;
+}
+
+#[test]
+fn a_leader_that_does_not_hear_of_a_new_member_gives_the_lead_away() {
+    let small = Sizes { pool_bytes: 96 << 20, volume_blocks: 1 << 10, ..Sizes::default() };
+    let sizes = Sizes { nodes: 5, ..small };
+    for seed in 0..SEEDS {
+        play(seed, sizes, None, a_replica_rots_under_a_deaf_leader);
     }
 }
