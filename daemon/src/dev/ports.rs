@@ -1,7 +1,10 @@
 //! Ports for the nodes: free now, and outside the range that the kernel hands to clients, so that
 //! they are still free when a node comes back.
 
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, socket};
 
 use crate::error::DaemonError;
 
@@ -23,14 +26,24 @@ pub fn pick(count: usize) -> Result<Vec<SocketAddr>, DaemonError> {
     let mut held = Vec::new();
     for step in 0..size {
         let port = range.start + (first + step) % size;
-        if let Ok(listener) = TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
-            held.push((listener, SocketAddr::from((Ipv4Addr::LOCALHOST, port))));
+        let address = SocketAddrV4::new(Ipv4Addr::LOCALHOST, port);
+        if let Ok(socket) = take(address) {
+            held.push((socket, SocketAddr::from(address)));
         }
         if held.len() == count {
             return Ok(held.into_iter().map(|(_, address)| address).collect());
         }
     }
     Err(DaemonError::Dev(format!("there are no {count} free ports on 127.0.0.1")))
+}
+
+/// Takes a port that nobody has or had a moment ago: servers may share one with connections that are
+/// coming to their end (`SO_REUSEADDR`), so those of a node that is away for a moment are free to them.
+fn take(address: SocketAddrV4) -> nix::Result<OwnedFd> {
+    let kind = SockType::Stream;
+    let socket = socket(AddressFamily::Inet, kind, SockFlag::SOCK_CLOEXEC, None)?;
+    bind(socket.as_raw_fd(), &SockaddrIn::from(address))?;
+    Ok(socket)
 }
 
 fn clients_start() -> u16 {
@@ -41,6 +54,8 @@ fn clients_start() -> u16 {
 
 #[cfg(test)]
 mod tests {
+    use std::net::{TcpListener, TcpStream};
+
     use super::*;
 
     #[test]
@@ -51,5 +66,19 @@ mod tests {
         for port in &ports {
             assert!(TcpListener::bind(port).is_ok(), "{port}");
         }
+    }
+
+    /// A node that was killed is away, and comes back to its ports.
+    #[test]
+    fn a_port_whose_server_has_just_gone_is_not_free() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let SocketAddr::V4(address) = listener.local_addr().unwrap() else { panic!("not IPv4") };
+        let client = TcpStream::connect(address).unwrap();
+        let (server, _) = listener.accept().unwrap();
+        assert!(take(address).is_err(), "it is served");
+        drop((server, listener));
+        drop(client);
+        assert!(take(address).is_err(), "its connections are coming to their end");
+        assert!(TcpListener::bind(address).is_ok(), "it may come back");
     }
 }
