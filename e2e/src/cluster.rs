@@ -3,6 +3,7 @@
 //! Knows what users know: the command line, `dev.json`, the administration interface, metrics.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -82,17 +83,20 @@ impl Cluster {
     #[track_caller]
     pub fn with(test: &str, options: &Options) -> Cluster {
         let scratch = Scratch::new(test);
+        let starting = one_at_a_time();
         let supervisor = start_dev(&scratch, options);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.expect("a runtime can be made");
         let (restarted, islands) = (BTreeMap::new(), BTreeMap::new());
         let mut cluster = Cluster { scratch, supervisor, restarted, islands, runtime };
+        cluster.wait_nodes(options.nodes);
+        drop(starting);
         cluster.wait_ready(options.nodes);
         cluster
     }
 
     #[track_caller]
-    fn wait_ready(&mut self, nodes: u32) {
+    fn wait_nodes(&mut self, nodes: u32) {
         wait::until_true("the nodes", READY, || {
             let running = self.supervisor.is_running();
             assert!(running, "ballastd dev ended: {}", self.supervisor.log());
@@ -101,6 +105,11 @@ impl Cluster {
         for node in self.nodes() {
             self.wait_node(node.id);
         }
+    }
+
+    #[track_caller]
+    fn wait_ready(&mut self, nodes: u32) {
+        self.wait_nodes(nodes);
         self.wait_in_sync("demo");
         // Nodes may know a volume before the supervisor hears that it is made; one that is killed
         // then takes the supervisor with it.
@@ -441,6 +450,15 @@ fn print_end(name: &str, process: &Running) {
     let log = process.log();
     let tail: Vec<&str> = log.lines().rev().take(40).collect();
     eprintln!("the end of {name}'s log, last line first:\n{}", tail.join("\n"));
+}
+
+/// Held until the nodes listen: a cluster takes ports that are free, and listens on them a moment later.
+/// Tests of two programs run at the same time.
+fn one_at_a_time() -> File {
+    let path = scratch::root().join("starting");
+    let file = File::create(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    file.lock().unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    file
 }
 
 fn start_dev(scratch: &Scratch, options: &Options) -> Running {

@@ -158,8 +158,10 @@ impl InGuest {
             self.file("state")
         );
         assert_eq!(self.run(&looks), "", "left in the guest");
-        let leases = self.cluster.ballastctl(1, &["lease", "list", "-o", "json"]);
-        assert!(!leases.contains("\"host\""), "{leases}");
+        until_true("no lease on node 1", 20, || {
+            let leases = self.cluster.ballastctl(1, &["lease", "list", "-o", "json"]);
+            !leases.contains("\"host\"")
+        });
         self.kill_node();
     }
 }
