@@ -126,7 +126,9 @@ fn a_process_on_an_island_is_cut_in_each_direction() {
         verify.progress(100, 60);
         let from = unix_ms();
         island.cut(cut, &[]);
-        until_true("a cut of 500 ms", 5, || unix_ms() > from + 500);
+        // From when it is in force: nft has to get its turn.
+        let in_force = unix_ms();
+        until_true("a cut of 500 ms", 5, || unix_ms() > in_force + 500);
         island.heal();
         cuts.push((cut, from));
     }
