@@ -5,11 +5,15 @@ mod support;
 
 use std::pin::pin;
 
-use ballast_block::{BLOCK_SIZE, ReplicaId};
+use ballast_block::{BLOCK_SIZE, ReplicaId, Sequence};
 use ballast_env::clock::Clock;
 use ballast_raft_store::entry::{Body, Command, Origin};
+use ballast_raft_store::format::batch::Batch;
 use ballast_raft_store::pool::Pool;
+use ballast_raft_store::replica::{InstallState, ResyncBase};
+use ballast_raft_store::stream::StreamId;
 use ballast_raft_store::types::{EntryPayload, Vote, log_id};
+use bytes::Bytes;
 use futures_util::{poll, stream};
 use openraft::storage::{RaftLogReader, RaftLogStorage, RaftStateMachine};
 use store::{Machine, append, blocks, entry, read, write};
@@ -290,5 +294,57 @@ fn what_waits_for_room_is_not_applied_to_a_dropped_replica() {
             waited.and(room).unwrap();
             assert_eq!(pool.stats().map_delta_bytes, 0);
         }
+    });
+}
+
+/// A map that can't be merged has all room there is. An install that changes no map, as those of the
+/// cluster group, waits for none of it.
+#[test]
+fn an_install_without_changes_waits_for_no_room() {
+    run(async {
+        let (env, pool, machine) = fresh().await;
+        put(&machine, 0, 0).await;
+        pool.quiesce_maps().await.unwrap();
+        pool.checkpoint().await.unwrap();
+        let mut image = env.image(&path());
+        let written: Vec<u64> = image.written_blocks().collect();
+        for block in written {
+            let Ok(batch) = Batch::decode(&image.block(block).into()) else { continue };
+            let payload = (1..=u64::from(batch.fields.payload_blocks)).map(|nth| block + nth);
+            for at in payload.filter(|_| batch.fields.stream == StreamId::Meta) {
+                // A head: docs/disk-format.md.
+                if matches!(image.block(at)[4], 1 | 2) {
+                    image.make_unreadable(at);
+                }
+            }
+        }
+        let env = MemoryEnv::with_image(&path(), image);
+        let (pool, _) = store::open(&env, &path()).await.unwrap();
+        let machine = Machine::new(pool.clone(), pool.replica(ReplicaId(1)).unwrap());
+        let other = pool.create_replica(store::descriptor(2)).await.unwrap();
+        let _other = Machine::new(pool.clone(), other.clone());
+        let body = Body::Trim { start: 0, count: pool.budget().unmerged_blocks };
+        let trim = |index| {
+            let body = body.clone();
+            entry(index, EntryPayload::Normal(Command { origin: Origin::default(), body }))
+        };
+        append(&machine.replica, vec![trim(1), trim(2), trim(3)]).await.unwrap();
+        apply_all(&machine).await;
+        let resync = other.resync(ResyncBase::Applied).await.unwrap();
+        let installed = async {
+            resync.put(Vec::new()).await.unwrap();
+            let membership = other.membership();
+            let state = Bytes::from_static(b"state");
+            let (applied, sequence) = (log_id(1, 5), Sequence(0));
+            resync.install(InstallState { applied, membership, state, sequence }).await
+        };
+        tokio::select! {
+            biased;
+            installed = installed => installed.unwrap(),
+            () = env.sleep(std::time::Duration::from_secs(60)) => panic!("it waits for room"),
+        }
+        assert!(machine.replica.map_lost(), "nobody merges it");
+        let room = pin!(machine.replica.map_room());
+        assert!(poll!(room).is_pending(), "there is no room");
     });
 }

@@ -4,7 +4,11 @@ mod store;
 mod support;
 
 use ballast_block::{BLOCK_SIZE, ReplicaId, Sequence};
-use ballast_raft_store::replica::{DiffChange, InstallState, ResyncBase, ResyncError};
+use ballast_env::clock::Clock;
+use ballast_raft_store::map::ROOT_BRANCH;
+use ballast_raft_store::replica::{DiffChange, DiffRecord, InstallState, ResyncBase, ResyncError};
+use ballast_raft_store::types::log_id;
+use bytes::Bytes;
 use openraft::storage::RaftLogStorage;
 use store::append;
 use store::node::{Node, carry, history};
@@ -157,5 +161,40 @@ fn what_a_difference_leaves_as_it_is_stays_live() {
         let mapped = mapped.count() as u64;
         assert!(live >= mapped, "{mapped} blocks hold data, {live} are kept");
         assert_eq!(content, leader.content().await);
+    });
+}
+
+/// More changes than maps may have unmerged: while a pool is opened nobody merges, and nobody may wait
+/// for that.
+#[test]
+fn a_pool_opens_in_the_middle_of_a_large_install() {
+    run(async {
+        let follower = Node::new().await;
+        follower.take(&history(0, 40)).await;
+        let resync = follower.replica().resync(ResyncBase::Applied).await.unwrap();
+        let pages = 14_000;
+        for page in 0..pages {
+            let (start, count) = (page * 256 + 7, 1);
+            let (branch, sequence, change) = (ROOT_BRANCH, Sequence(50), DiffChange::Hole);
+            let hole = DiffRecord { branch, start, count, sequence, change };
+            resync.put(vec![hole]).await.unwrap();
+        }
+        let (applied, sequence) = (log_id(1, 50), Sequence(50));
+        let state = Bytes::from([50_u64.to_le_bytes(), [0; 8]].concat());
+        let state = InstallState { applied, sequence, state, ..follower.install_state() };
+        resync.install(state).await.unwrap();
+        let again = tokio::select! {
+            biased;
+            again = Node::on(follower.env.image(&path())) => again,
+            () = follower.env.sleep(std::time::Duration::from_secs(60)) => panic!("it never opens"),
+        };
+        assert_eq!(again.replica().applied(), Some(applied));
+        let unmerged = again.pool.stats().map_delta_bytes;
+        assert!(unmerged > again.pool.budget().delta_bytes as u64, "{unmerged} wait for nothing");
+        tokio::select! {
+            biased;
+            room = again.replica().map_room() => room.unwrap(),
+            () = again.env.sleep(std::time::Duration::from_secs(60)) => panic!("nobody merges"),
+        }
     });
 }

@@ -100,7 +100,7 @@ async fn recover<E: Env>(
             // Its changes are lost in part: those since the checkpoint.
             Some(false) => replica.abandon_resync(),
             Some(true) => replica
-                .drain()
+                .drain_at_open()
                 .await
                 .map_err(|error| refused(&replica, &format!("install: {error}")))?,
         }

@@ -74,8 +74,17 @@ impl<E: Env> ReplicaInner<E> {
         self.state_is_restored.set(true);
     }
 
-    /// Moves the changes of an installed resync into the map.
+    /// Moves the changes of an installed resync into the map, as there is room for them.
     pub async fn drain(&self) -> Result<(), ResyncError> {
+        self.drain_into_map(true).await
+    }
+
+    /// The same while the pool is opened: nobody merges then, so that waiting for room had no end.
+    pub async fn drain_at_open(&self) -> Result<(), ResyncError> {
+        self.drain_into_map(false).await
+    }
+
+    async fn drain_into_map(&self, in_turn: bool) -> Result<(), ResyncError> {
         let Some(resync) = self.resync.borrow().clone() else { return Ok(()) };
         assert!(resync.installed.get());
         let problem = |error: MapError| ResyncError::Read(self.map_error(&error));
@@ -97,6 +106,9 @@ impl<E: Env> ReplicaInner<E> {
         while let Some(block) = from {
             let page = resync.map.diff(pin, Sequence(0), block, DRAIN_BLOCKS).await;
             let page = page.map_err(problem)?;
+            // One without changes waits for nobody's: the cluster group's, behind a map that can't be
+            // merged.
+            let waits = in_turn && !page.runs.is_empty();
             for run in page.runs {
                 let map = self.map.borrow();
                 match run.data {
@@ -109,7 +121,9 @@ impl<E: Env> ReplicaInner<E> {
             }
             from = page.next;
             self.note_delta();
-            self.map_room().await?;
+            if waits {
+                self.map_room().await?;
+            }
         }
         resync.map.unpin(pin);
         *self.resync.borrow_mut() = None;

@@ -65,6 +65,9 @@ impl<E: Env> Resync<E> {
     /// [`ResyncError`].
     pub async fn put(&self, records: Vec<DiffRecord>) -> Result<(), ResyncError> {
         let inner = &self.replica.inner;
+        if records.is_empty() {
+            return inner.alive().map_err(Into::into);
+        }
         let mut end = None;
         for record in records {
             inner.alive()?;
