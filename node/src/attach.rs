@@ -19,6 +19,7 @@ use crate::calls::{
     AttachReplyV1, AttachV1, AttachmentV1, FlagV1, MoveLeaderV1, MovedV1, Tag, decode,
 };
 use crate::leases;
+use crate::members::NEAR_ENTRIES;
 use crate::node::Inner;
 use crate::peers::links::Lane;
 use crate::peers::wire::{Frame, Kind};
@@ -162,12 +163,12 @@ pub(crate) async fn detach_here<E: Env>(
 /// Hands the lead to the node that serves the writer, if it has a replica in sync. Best effort.
 async fn follow<E: Env>(inner: &Inner<E>, family: &Family<E>, node: NodeId) {
     if inner.config.leader_follows_writer && node != inner.config.node {
-        let _ = hand_over(family.group(), node).await;
+        let _ = hand_over(family.group(), node, IN_SYNC_ENTRIES).await;
     }
 }
 
-/// Hands the lead to another member that is connected and in sync, and answers to whom. The next one by
-/// replica id is asked first: where that one is no better off, it comes to each of them in turn.
+/// Hands the lead to another member that is connected and near, also under load, and answers to whom.
+/// The next one by replica id comes first: where that is no better off, it comes to each in turn.
 pub(crate) async fn pass_lead_on<E: Env>(inner: &Inner<E>, group: &Group<E>) -> Option<NodeId> {
     group.leading_term()?;
     let own = group.replica().id();
@@ -176,7 +177,7 @@ pub(crate) async fn pass_lead_on<E: Env>(inner: &Inner<E>, group: &Group<E>) -> 
     heirs.rotate_left(behind);
     for (node, _) in heirs {
         let is_there = inner.links.connection(node, Lane::Control).is_ok();
-        if is_there && hand_over(group, node).await.is_ok() {
+        if is_there && hand_over(group, node, NEAR_ENTRIES).await.is_ok() {
             return Some(node);
         }
     }
@@ -193,9 +194,9 @@ pub(crate) fn others<E: Env>(inner: &Inner<E>, group: &Group<E>) -> Vec<(NodeId,
     others.map(|(&id, member)| (member.node, ReplicaId(id))).collect()
 }
 
-async fn hand_over<E: Env>(group: &Group<E>, node: NodeId) -> Result<(), String> {
+async fn hand_over<E: Env>(group: &Group<E>, node: NodeId, lag_max: u64) -> Result<(), String> {
     let (target, lag) = in_sync_on(group, node)?;
-    if lag > IN_SYNC_ENTRIES {
+    if lag > lag_max {
         return Err(format!(
             "the replica on {node} is {lag} entries behind; wait until it is in sync"
         ));
@@ -256,7 +257,7 @@ pub(crate) async fn move_leader_here<E: Env>(
     if node == inner.config.node {
         return moved(DONE, Some(node), String::new());
     }
-    match hand_over(&group, node).await {
+    match hand_over(&group, node, IN_SYNC_ENTRIES).await {
         Ok(()) => moved(DONE, Some(node), String::new()),
         Err(reason) => moved(HELD, None, reason),
     }

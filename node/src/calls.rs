@@ -342,6 +342,9 @@ pub struct InstallLeasesV1 {
     /// The lease whose holder waits for the answer; 0 = nobody's.
     #[prost(uint64, tag = "3")]
     pub epoch: u64,
+    /// The revision of the cluster's state that the leader is to have heard of; 0 = whichever it has.
+    #[prost(uint64, tag = "4")]
+    pub cluster_revision: u64,
 }
 
 /// What a volume is to hold.

@@ -108,8 +108,16 @@ pub(crate) async fn install<E: Env>(
     let known = inner.cluster.state().volume(volume).cloned();
     let known = known.ok_or(LeaseError::VolumeUnknown(volume))?;
     let (revision, size) = (known.lease_revision, known.size_bytes);
-    let ask = InstallLeasesV1 { revision, size, epoch: epoch.0 };
+    let ask = InstallLeasesV1 { revision, size, epoch: epoch.0, cluster_revision: 0 };
     at_leader(inner, &known, &Ask::Install(ask)).await.map(|reply| !reply.not_leased)
+}
+
+/// Asks a node that leads a family to have heard what the cluster group has decided, as far as this one
+/// has, or else to hand the lead to a member that may have. Best effort.
+pub(crate) async fn ask_to_hear<E: Env>(inner: &Rc<Inner<E>>, leader: NodeId, family: FamilyId) {
+    let cluster_revision = inner.cluster.state().revision();
+    let what = Ask::Install(InstallLeasesV1 { cluster_revision, ..InstallLeasesV1::default() });
+    ask(inner, leader, family, &what).await;
 }
 
 /// Says what a volume holds, under a lease (0 = as an administrator), or asks only. Guarantee
@@ -199,34 +207,34 @@ pub(crate) async fn install_here<E: Env>(
         return not_leader(member.group().leader_node());
     }
     // The asker may have heard of it before this node.
-    let heard = |state: &ballast_cluster::ClusterState| {
-        state.volume_of_family(family).is_some_and(|known| {
-            known.lease_revision >= ask.revision && known.size_bytes >= ask.size
-        })
+    let has_heard = |state: &ballast_cluster::ClusterState| {
+        state.revision() >= ask.cluster_revision
+            && state.volume_of_family(family).is_none_or(|known| {
+                known.lease_revision >= ask.revision && known.size_bytes >= ask.size
+            })
     };
-    hear(inner, heard).await;
+    hear(inner, has_heard).await;
+    if !has_heard(&inner.cluster.state()) {
+        // Not one that only lags: it does not hear the cluster group. Another member may.
+        let heir = attach::pass_lead_on(inner, member.group()).await;
+        tracing::warn!(%family, ?heir, "leads, and does not hear what was decided: hands over");
+        return not_leader(heir);
+    }
     let brought_up = match bring_up(inner, &member).await {
         // What a leader that was deposed knows of a lease may be over.
         Ok(()) if ask.epoch != 0 => member.group().pass().await.map(drop).map_err(Into::into),
         brought_up => brought_up,
     };
-    if let Err(error) = brought_up {
-        return failed(&error);
-    }
-    let not_leased = {
-        let state = member.state();
-        let is_there = state.leases().revision() >= ask.revision && state.size() >= ask.size;
-        let epoch = Epoch(ask.epoch);
-        is_there.then(|| epoch != Epoch(0) && state.leases().grant(epoch).is_none())
-    };
-    match not_leased {
-        Some(not_leased) => ContentReplyV1 { not_leased, ..ContentReplyV1::default() },
-        None => {
-            // Not one that only lags: it does not hear the cluster group. Another member may.
-            let heir = attach::pass_lead_on(inner, member.group()).await;
-            tracing::warn!(%family, ?heir, "leads, and does not hear what was decided: hands over");
-            not_leader(heir)
+    let state = member.state();
+    let is_there = state.leases().revision() >= ask.revision && state.size() >= ask.size;
+    match brought_up {
+        Ok(()) if is_there => {
+            let epoch = Epoch(ask.epoch);
+            let not_leased = epoch != Epoch(0) && state.leases().grant(epoch).is_none();
+            ContentReplyV1 { not_leased, ..ContentReplyV1::default() }
         }
+        Ok(()) => stopped(),
+        Err(error) => failed(&error),
     }
 }
 

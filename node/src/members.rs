@@ -2,8 +2,8 @@
 //!
 //! A replica whose pool was lost is replaced by one with a new id (hazard F5): that joins as a
 //! learner, is brought up like any follower that is far behind, and becomes a voter in the same
-//! change that takes the old one out. Where a leader does not hear what its group should be, one of the
-//! others asks for the lead. Never makes or drops a replica: `reconcile` does.
+//! change that takes the old one out. Where it is not, its leader is asked whether it has heard of it: one
+//! that does not hear the cluster group makes room. Never makes or drops a replica: `reconcile` does.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::{Rc, Weak};
@@ -16,43 +16,52 @@ use ballast_raft_store::types::Member;
 use ballast_volume::group::Group;
 use openraft::async_runtime::WatchReceiver;
 
-use crate::mend;
+use crate::leases;
 use crate::node::Inner;
 
 const ROUND: Duration = Duration::from_secs(1);
 
-/// Rounds that a leader may leave a member out that its group should have, before it is taken for one
-/// that does not hear the cluster group: it hears of changes within a second.
-const DEAF_ROUNDS: u32 = 10;
+/// Every so many rounds a member of a group that is not what it should be asks whether its leader has
+/// heard of that.
+const ASK_ROUNDS: u32 = 5;
 
 /// Entries that a learner may be behind and still be made a voter: what is in flight under load.
-const NEAR_ENTRIES: u64 = 256;
+pub(crate) const NEAR_ENTRIES: u64 = 256;
 
 pub(crate) async fn run<E: Env>(node: Weak<Inner<E>>) {
-    let mut left_out = BTreeMap::new();
+    let mut unsettled = BTreeMap::new();
     loop {
         let Some(inner) = node.upgrade() else { return };
         let env = inner.env.clone();
         if inner.refused.borrow().is_none() {
-            round(&inner, &mut left_out).await;
+            round(&inner, &mut unsettled).await;
         }
         drop(inner);
         env.sleep(ROUND).await;
     }
 }
 
-/// `left_out` has for how many rounds in turn a member was wanted of which the leader made nothing.
-async fn round<E: Env>(inner: &Rc<Inner<E>>, left_out: &mut BTreeMap<FamilyId, u32>) {
+/// `unsettled` has for how many rounds in turn a group that is led elsewhere was not what it should be.
+async fn round<E: Env>(inner: &Rc<Inner<E>>, unsettled: &mut BTreeMap<FamilyId, u32>) {
     if let Some(group) = inner.cluster.group() {
         settle(group, wanted_of_cluster(inner)).await;
     }
     let families: Vec<_> = inner.families.borrow().values().cloned().collect();
+    let mut before = std::mem::take(unsettled);
     for family in families {
         let group = family.group();
         let Some(wanted) = wanted_of_family(inner, group) else { continue };
-        match group.leading_term() {
-            Some(_) => settle(group, wanted).await,
-            None => watch_leader(inner, group, &wanted, left_out).await,
+        if group.leading_term().is_some() {
+            settle(group, wanted).await;
+        } else if is_unsettled(group, &wanted) {
+            let id = group.replica().family();
+            let rounds = before.remove(&id).unwrap_or(0) + 1;
+            unsettled.insert(id, rounds);
+            if rounds.is_multiple_of(ASK_ROUNDS)
+                && let Some(leader) = group.leader_node()
+            {
+                leases::ask_to_hear(inner, leader, id).await;
+            }
         }
     }
 }
@@ -112,29 +121,10 @@ fn members_of<E: Env>(group: &Group<E>) -> Members {
     }
 }
 
-/// Asks for the lead where whoever has it does not even begin with a change: it does not hear the
-/// cluster group, as this node does.
-async fn watch_leader<E: Env>(
-    inner: &Inner<E>,
-    group: &Group<E>,
-    wanted: &BTreeMap<u64, Member>,
-    left_out: &mut BTreeMap<FamilyId, u32>,
-) {
-    let family = group.replica().family();
-    let known = members_of(group).known;
-    if is_outdated(wanted, &known) || wanted.keys().all(|id| known.contains_key(id)) {
-        left_out.remove(&family);
-        return;
-    }
-    let rounds = left_out.entry(family).or_default();
-    *rounds += 1;
-    if *rounds < DEAF_ROUNDS {
-        return;
-    }
-    left_out.remove(&family);
-    let Some(leader) = group.leader_node() else { return };
-    tracing::warn!(%family, %leader, "does not change the members: asks for the lead");
-    mend::ask_to_hand_over(inner, family, leader, inner.config.node).await;
+/// Whether a group is not, or not yet, what this node has heard that it should be.
+fn is_unsettled<E: Env>(group: &Group<E>, wanted: &BTreeMap<u64, Member>) -> bool {
+    let Members { voters, known, .. } = members_of(group);
+    !is_outdated(wanted, &known) && !voters.iter().eq(wanted.keys())
 }
 
 /// A node's ids only rise: whether the group knows a newer one, so that this node's view of the

@@ -196,13 +196,7 @@ async fn ask_for_newer_term<E: Env>(inner: &Rc<Inner<E>>, group: &Group<E>) {
     }
 }
 
-/// Asks a node that leads a family to hand the lead to another one. Best effort.
-pub(crate) async fn ask_to_hand_over<E: Env>(
-    inner: &Inner<E>,
-    family: FamilyId,
-    to: NodeId,
-    heir: NodeId,
-) {
+async fn ask_to_hand_over<E: Env>(inner: &Inner<E>, family: FamilyId, to: NodeId, heir: NodeId) {
     let ask = MoveLeaderV1 { node: heir.0 };
     let plain = Frame::plain(Kind::Call, 0, Tag::MoveLeader.message(&ask));
     let frame = Frame { family, ..plain };

@@ -8,7 +8,7 @@ use std::rc::{Rc, Weak};
 use ballast_block::{FamilyId, NodeId};
 use ballast_cluster::Pool;
 use ballast_env::Env;
-use ballast_raft_store::replica::DamagedBlock;
+use ballast_raft_store::replica::{DamagedBlock, Health};
 use ballast_raft_store::types::TypeConfig;
 use ballast_volume::group::Group;
 use bytes::Bytes;
@@ -248,6 +248,11 @@ async fn raft_call<E: Env>(inner: &Inner<E>, tag: Tag, frame: &Frame, body: &[u8
         Tag::Transfer => {
             let request = codec::decode_transfer(body).map_err(refused)?;
             let is_next = request.to_node_id() == &group.replica().id().0;
+            // The library would have it campaign, whatever forbids its elections: what it may have
+            // lost, and a vote of it, would be missing (hazard F6).
+            if is_next && group.replica().health() != Health::Good {
+                return Err(refused("this replica may have lost entries: it does not lead"));
+            }
             let taken = group.raft().handle_transfer_leader(request).await.map_err(refused)?;
             taken.map_err(refused)?;
             if is_next {

@@ -6,7 +6,7 @@ use std::path::Path;
 use ballast_block::{BlockRange, FamilyId, NodeId, ReplicaId};
 use ballast_raft_store::format::batch::Batch;
 use ballast_raft_store::stream::StreamId;
-use ballast_sim::ballast::{POOL, Sizes};
+use ballast_sim::ballast::{POOL, Sizes, volume_name};
 use ballast_sim::env::disk::DiskImage;
 use ballast_sim::machine::Crash;
 use ballast_sim::oracle::stamp::recognise;
@@ -269,6 +269,9 @@ async fn a_replica_rots_under_a_deaf_leader(scene: Scene) {
     for _ in 0..TRIMS {
         assert_eq!(writer.trim(RANGE).within(30_000).await, Some(Outcome::Done));
     }
+    scene.until("another leads", || scene.leader().is_some_and(|leader| leader != deaf)).await;
+    // As when its writer comes back to it, before the change is made.
+    scene.move_leader(deaf).await;
     until_replaced(&scene, rotten, before).await;
     assert_ne!(scene.leader(), Some(deaf), "it did not hear of it");
     scene.set_cut(&links, false);
@@ -282,5 +285,42 @@ fn a_leader_that_does_not_hear_of_a_new_member_gives_the_lead_away() {
     let sizes = Sizes { nodes: 5, ..small };
     for seed in 0..SEEDS {
         play(seed, sizes, None, a_replica_rots_under_a_deaf_leader);
+    }
+}
+
+/// The lead is handed to a replica that was found damaged a moment ago. The library would have it
+/// campaign; it may have lost what it acknowledged, and may not.
+async fn a_suspect_is_handed_the_lead(scene: Scene) {
+    let writer = scene.host();
+    writer.attach(N1).await;
+    scene.until("the leader follows its writer", || scene.leader() == Some(N1)).await;
+    writer.must_write(BLOCKS).await;
+    let before = restart_without_pages(&scene, N3).await;
+    assert_eq!(writer.trim(RANGE).within(30_000).await, Some(Outcome::Done));
+    scene.until("node 3 has it", || scene.last_index(N3) == scene.last_index(N1)).await;
+    scene.world.sleep_ms(50).await;
+    let merged = scene.ask(N3, |node| async move { node.pool().quiesce_maps().await });
+    assert!(merged.await.is_err(), "its map is lost");
+    let name = volume_name(scene.volume());
+    let asked = scene.ask(N1, |node| async move { node.move_leader(&name, N3).await });
+    let watched = async {
+        for _ in 0..1_500 {
+            let now = scene.ballast.member(N3, scene.volume());
+            let same = now.is_some_and(|member| member.group().replica().id() == before);
+            assert!(!same || scene.leader() != Some(N3), "a suspect leads");
+            scene.world.sleep_ms(1).await;
+        }
+    };
+    let _moved = futures_util::join!(asked, watched).0;
+    until_replaced(&scene, N3, before).await;
+    writer.must_write(BLOCKS).await;
+    scene.end().await;
+}
+
+#[test]
+fn a_suspect_takes_no_lead_that_it_is_handed() {
+    let sizes = Sizes { pool_bytes: 96 << 20, volume_blocks: 1 << 10, ..Sizes::default() };
+    for seed in 0..SEEDS {
+        play(seed, sizes, None, a_suspect_is_handed_the_lead);
     }
 }
