@@ -50,8 +50,9 @@ impl Machine {
     /// For how many milliseconds the machine stood still between these times, in milliseconds since 1970.
     pub fn paused_between(&self, from: u64, to: u64) -> u64 {
         let pauses = lock(&self.pauses);
-        let within = pauses.iter().filter(|(begin, ms)| *begin < to && begin + ms > from);
-        within.map(|(_, ms)| ms).sum()
+        let within =
+            |(begin, ms): &(u64, u64)| (begin + ms).min(to).saturating_sub(from.max(*begin));
+        pauses.iter().map(within).sum()
     }
 }
 
