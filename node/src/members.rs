@@ -2,8 +2,9 @@
 //!
 //! A replica whose pool was lost is replaced by one with a new id (hazard F5): that joins as a
 //! learner, is brought up like any follower that is far behind, and becomes a voter in the same
-//! change that takes the old one out. Where it is not, its leader is asked whether it has heard of it: one
-//! that does not hear the cluster group makes room. Never makes or drops a replica: `reconcile` does.
+//! change that takes the old one out. Where a group that is led elsewhere has other members than it
+//! should have, its leader is asked whether it has heard of that: one that does not hear the cluster
+//! group makes room. Never makes or drops a replica: `reconcile` does.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::{Rc, Weak};
